@@ -1,0 +1,60 @@
+# Everything runs in .venv; a fresh machine needs python3 (3.10 or later) and make.
+PYTHON ?= python3
+CONCEPT ?= cat
+TORCH ?= torch==2.13.0
+
+VENV := .venv
+PY := $(VENV)/bin/python
+ENV_STAMP := $(VENV)/.unhype-env
+WORLD_STAMP := $(VENV)/.unhype-world
+
+.DEFAULT_GOAL := help
+.PHONY: help env host demo test lint bench world clean
+
+help:
+	@echo "make demo [CONCEPT=cat]  train an eraser and show it at work in ComfyUI"
+	@echo "make test                run all tests"
+	@echo "make lint                ruff and pyright"
+	@echo "make bench               run the benchmarks"
+	@echo "make world               rebuild the demo world from its sources"
+	@echo "make env                 only create .venv;  make host: and fetch ComfyUI"
+	@echo "make clean               remove outputs; keeps .venv and .cache"
+
+env: $(ENV_STAMP)
+
+# torch first and by itself: everything later finds it and leaves it alone.
+$(ENV_STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet '$(TORCH)' || $(PY) -m pip install --quiet torch
+	$(PY) -m pip freeze | grep '^torch==' > $(VENV)/torch.txt
+	$(PY) -m pip install --quiet -c $(VENV)/torch.txt -e '.[train,dev]'
+	touch $@
+
+host: env
+	$(PY) -m demo.host
+
+demo: host
+	$(PY) -m demo.run $(CONCEPT)
+
+test: host
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_ARGS)
+
+lint: env
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/basedpyright
+
+bench: host
+	$(PY) -m benchmarks.run
+
+$(WORLD_STAMP): $(ENV_STAMP)
+	$(PY) -m pip install --quiet -c $(VENV)/torch.txt -e '.[world]'
+	touch $@
+
+world: host $(WORLD_STAMP)
+	$(PY) -m demo.world.build
+
+clean:
+	rm -rf demo/out benchmarks/out build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.cache/*' -prune -exec rm -rf {} +
