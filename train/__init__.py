@@ -1,0 +1,1 @@
+"""Train UnHype hypernetworks."""

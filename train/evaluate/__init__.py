@@ -1,0 +1,1 @@
+"""Measure what an eraser removes and what it leaves."""

@@ -1,0 +1,1 @@
+"""UnHype: LoRA from a hypernetwork, conditioned on the prompt, for concept erasure."""
