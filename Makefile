@@ -6,7 +6,6 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 PY := $(VENV)/bin/python
 ENV_STAMP := $(VENV)/.unhype-env
-WORLD_STAMP := $(VENV)/.unhype-world
 
 .DEFAULT_GOAL := help
 .PHONY: help env host demo test lint bench world clean
@@ -24,35 +23,33 @@ env: $(ENV_STAMP)
 
 # torch first and by itself: everything later finds it and leaves it alone.
 $(ENV_STAMP): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed, got " + sys.version)'
+	$(PY) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet '$(TORCH)' || $(PY) -m pip install --quiet torch
-	$(PY) -m pip freeze | grep '^torch==' > $(VENV)/torch.txt
-	$(PY) -m pip install --quiet -c $(VENV)/torch.txt -e '.[train,dev]'
+	$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/torch.txt
+	$(PY) -m pip install --quiet -c $(VENV)/torch.txt -e '.[train,world,dev]'
 	touch $@
 
 host: env
 	$(PY) -m demo.host
 
 demo: host
-	$(PY) -m demo.run $(CONCEPT)
+	$(PY) -m demo.run '$(CONCEPT)'
 
 test: host
 	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_ARGS)
 
-lint: env
+# The type checker reads ComfyUI's sources, wherever they are.
+lint: host
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/basedpyright
+	PYTHONPATH="$$($(PY) -c 'from unhype.host.locate import find_comfyui; print(find_comfyui())')" \
+		$(VENV)/bin/basedpyright --pythonpath $(PY)
 
 bench: host
 	$(PY) -m benchmarks.run
 
-$(WORLD_STAMP): $(ENV_STAMP)
-	$(PY) -m pip install --quiet -c $(VENV)/torch.txt -e '.[world]'
-	touch $@
-
-world: host $(WORLD_STAMP)
+world: host
 	$(PY) -m demo.world.build
 
 clean:

@@ -96,6 +96,7 @@ def test_requirements_are_never_installed_into_a_shared_python(
         host.install_requirements(tmp_path)
 
 
+@pytest.mark.skipif(host.sys.platform == "win32", reason="Windows has no signals to ignore")
 def test_stopping_insists_when_asking_is_ignored(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
