@@ -1,0 +1,343 @@
+"""The pack: one self-describing ``.safetensors`` with hypernetwork, gate and everything needed to use them.
+
+``docs/checkpoint.md`` describes every key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .families import FAMILIES, FamilySpec, family
+from .gate import Gate, GateConfig, Reading
+from .hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
+from .lora import LoRAFactors, TargetModule
+
+FORMAT = 1
+FORMAT_KEY = "unhype.format"
+CONFIG_KEY = "unhype.config"
+HYPERNETWORK, GATE = "hypernetwork.", "gate."
+STORED = torch.float16
+"""Precision of the hypernetwork's weights on disk; the gate and all statistics stay in single precision."""
+
+
+class CheckpointError(ValueError):
+    """A file is not a pack that this version can use."""
+
+
+@dataclass(frozen=True)
+class BaseFingerprint:
+    """The model a pack was trained on.
+
+    Attributes:
+        name: its file name.
+        digest: hash of its target modules' weights, to tell the same model from a relative.
+    """
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class ConceptInfo:
+    """One erased concept: the phrases that name it, and the phrase drawn in its place."""
+
+    name: str
+    target: tuple[str, ...]
+    anchor: str
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How the gate's threshold was chosen.
+
+    Attributes:
+        false_fire_rate: share of ordinary prompts, kept out of training, that fire.
+        miss_rate: share of target prompts, kept out of training, that do not.
+        num_negatives: how many ordinary prompts there were.
+        num_positives: how many target prompts there were.
+    """
+
+    false_fire_rate: float
+    miss_rate: float
+    num_negatives: int
+    num_positives: int
+
+
+@dataclass(frozen=True)
+class PackInfo:
+    """Everything a pack says of itself, as its metadata holds it.
+
+    Attributes:
+        training: the resolved configuration of the run.
+        training_digest: hash of it.
+        metrics: figures measured after training, by name.
+        version: of the tool that wrote the file.
+    """
+
+    family: str
+    base: BaseFingerprint
+    hypernetwork: HypernetworkConfig
+    targets: tuple[TargetModule, ...]
+    gate: GateConfig
+    concepts: tuple[ConceptInfo, ...]
+    calibration: Calibration | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    training_digest: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    version: str = ""
+    license: str = ""
+
+    @property
+    def spec(self) -> FamilySpec:
+        """The entry of the pack's family."""
+        return family(self.family)
+
+    @property
+    def concept_names(self) -> tuple[str, ...]:
+        """Names of the concepts, in the order of the gate's outputs."""
+        return tuple(concept.name for concept in self.concepts)
+
+
+@dataclass(frozen=True)
+class Generated:
+    """LoRA factors for a batch of prompts, and what the gate read in each; ``factors.scale`` is 0 where nothing fired."""
+
+    factors: LoRAFactors
+    reading: Reading
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A loaded pack.
+
+    Attributes:
+        active: which concepts may fire.
+        name: file name, for messages.
+    """
+
+    info: PackInfo
+    hypernetwork: Hypernetwork
+    gate: Gate
+    active: tuple[bool, ...] = ()
+    name: str = "pack"
+
+    def __post_init__(self) -> None:
+        if not self.active:
+            object.__setattr__(self, "active", (True,) * len(self.info.concepts))
+
+    def only(self, names: Sequence[str]) -> Pack:
+        """The same pack with just these concepts active.
+
+        Raises:
+            ValueError: the pack has no concept of that name.
+        """
+        unknown = [name for name in names if name not in self.info.concept_names]
+        if unknown:
+            raise ValueError(
+                f"{self.name} has no concept {unknown[0]!r}. It erases: {', '.join(self.info.concept_names)}."
+            )
+        return replace(self, active=tuple(name in names for name in self.info.concept_names))
+
+    @torch.no_grad()
+    def generate(self, embedding: Tensor, *, s: float | None = None, threshold: float | None = None) -> Generated:
+        """Write the LoRA of each prompt; those for which nothing fires get scale 0.
+
+        Args:
+            embedding: (batch, embedding_dim).
+            s: position on the trajectory in [0, S]; S, fully erased, by default.
+            threshold: of the gate; the calibrated one by default.
+        """
+        if not torch.isfinite(embedding).all():
+            raise ValueError(
+                "The prompt's embedding holds values that are not finite numbers. "
+                "Check the text encoder: a checkpoint with missing or damaged weights does this."
+            )
+        reading = self.gate.read(embedding, threshold=threshold, active=self.active)
+        factors = self.hypernetwork.generate(embedding, s)
+        return Generated(factors.scaled(reading.open.to(factors.scale)), reading)
+
+    def fired_names(self, reading: Reading, row: int = 0) -> list[str]:
+        """Names of the concepts that fired for one prompt."""
+        return [name for name, fired in zip(self.info.concept_names, reading.fired[row].tolist(), strict=True) if fired]
+
+
+def save(path: Path, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
+    """Write a pack; it appears under its name only when whole."""
+    tensors = {
+        HYPERNETWORK + name: value if name.startswith("standardize.") else value.to(STORED)
+        for name, value in hypernetwork.state_dict().items()
+    } | {GATE + name: value for name, value in gate.state_dict().items()}
+    broken = [name for name, value in tensors.items() if not torch.isfinite(value).all()]
+    if broken:
+        raise ValueError(
+            f"{broken[0]} holds values that are not finite, or too large for half precision; "
+            f"{path} was not written. Training has diverged: lower the learning rate."
+        )
+    metadata = {
+        FORMAT_KEY: str(FORMAT),
+        CONFIG_KEY: json.dumps(to_plain(info)),
+        "modelspec.title": f"UnHype: {', '.join(info.concept_names)} erased",
+        "modelspec.architecture": f"unhype/{info.family}",
+        "modelspec.license": info.license,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_info(path: Path) -> PackInfo:
+    """What a pack says of itself, without its weights.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, foreign, of a newer format, or of a family unknown here.
+    """
+    with _open(path) as file:
+        return _parse(path, file.metadata() or {})
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> Pack:
+    """Read a pack, ready to generate.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the file is truncated, foreign, of a newer format or an unknown family, or its tensors do
+            not fit its description.
+    """
+    with _open(path) as file:
+        info = _parse(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    with torch.random.fork_rng(devices=[]):
+        hypernetwork, gate = make_hypernetwork(info.hypernetwork, info.targets), Gate(info.gate)
+    for prefix, module in ((HYPERNETWORK, hypernetwork), (GATE, gate)):
+        _fill(path, module, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+    foreign = [name for name in tensors if not name.startswith((HYPERNETWORK, GATE))]
+    if foreign:
+        raise CheckpointError(f"{path.name} holds {foreign[0]!r}, which no UnHype pack has. Train or fetch it again.")
+    return Pack(
+        info,
+        hypernetwork.to(device).eval().requires_grad_(False),
+        gate.to(device).eval().requires_grad_(False),
+        name=path.name,
+    )
+
+
+def _open(path: Path) -> safe_open:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no pack {path}. Put packs into ComfyUI's models/unhype, or train one.")
+    try:
+        return safe_open(path, "pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path.name} cannot be read as safetensors ({error}). It is cut short or another kind of file; copy it again."
+        ) from error
+
+
+def _parse(path: Path, metadata: Mapping[str, str]) -> PackInfo:
+    if FORMAT_KEY not in metadata or CONFIG_KEY not in metadata:
+        raise CheckpointError(
+            f"{path.name} is not an UnHype pack: its metadata has no {FORMAT_KEY}. "
+            "Load LoRA and model files with their own loaders; packs come from `python -m train.cli train`."
+        )
+    version = metadata[FORMAT_KEY]
+    if not version.isdigit() or int(version) > FORMAT:
+        raise CheckpointError(f"{path.name} has UnHype format {version}; this pack of nodes reads up to {FORMAT}. Update it.")
+    try:
+        info = from_plain(PackInfo, json.loads(metadata[CONFIG_KEY]))
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"The description inside {path.name} is damaged: {error} Train or fetch it again.") from error
+    if info.family not in FAMILIES:
+        raise CheckpointError(
+            f"{path.name} was made for models of family {info.family!r}; this version knows {', '.join(FAMILIES)}. "
+            "Update the nodes."
+        )
+    _check_agreement(path, info)
+    return info
+
+
+def _check_agreement(path: Path, info: PackInfo) -> None:
+    """Refuse a description whose parts contradict one another."""
+    dim = info.spec.embedding.dim
+    for what, got, expected in (
+        ("concepts in its gate", info.gate.num_concepts, len(info.concepts)),
+        ("inputs of its gate", info.gate.embedding_dim, dim),
+        ("inputs of its hypernetwork", info.hypernetwork.embedding_dim, dim),
+    ):
+        if got != expected:
+            raise CheckpointError(f"{path.name} contradicts itself: {got} {what}, expected {expected}. Fetch it again.")
+
+
+def _fill(path: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    wanted = module.state_dict()
+    for word, names in (("lacks", wanted.keys() - tensors.keys()), ("has an extra", tensors.keys() - wanted.keys())):
+        if names:
+            raise CheckpointError(
+                f"{path.name} {word} tensor {min(names)!r} ({len(names)} in all); it does not fit its own description. "
+                "Train or fetch it again."
+            )
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}. Fetch it again."
+            )
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path.name}: {name} holds values that are not finite. Train or fetch it again.")
+    module.load_state_dict(dict(tensors))
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses and enums as JSON can hold them."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def from_plain(kind: Any, value: Any) -> Any:
+    """Read back what ``to_plain`` wrote, as ``kind``; ``ValueError`` where it does not fit."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"{kind.__name__} must be an object, got {type(value).__name__}.")
+        hints = get_type_hints(kind)
+        unknown = value.keys() - hints.keys()
+        if unknown:
+            raise ValueError(f"unknown key {min(unknown)!r} in {kind.__name__}.")
+        try:
+            return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})
+        except TypeError as error:
+            raise ValueError(f"{kind.__name__} is incomplete: {error}.") from error
+    if isinstance(kind, types.UnionType):
+        options = get_args(kind)
+        return None if value is None and type(None) in options else from_plain(options[0], value)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"expected a list, got {type(value).__name__}.")
+        return tuple(from_plain(get_args(kind)[0], item) for item in value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return kind(value)
+    if get_origin(kind) is dict:
+        kind = dict
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"expected {kind.__name__}, got {value!r}.")
+    return value

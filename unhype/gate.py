@@ -1,0 +1,90 @@
+"""When to act, and how surely: which concepts a prompt asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .embedding import Standardize
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """Sizes of a gate, and the probability from which a concept fires."""
+
+    embedding_dim: int
+    num_concepts: int
+    hidden_dim: int = 64
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("embedding_dim", "num_concepts", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_threshold(self.threshold)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the gate says of a batch of prompts.
+
+    Attributes:
+        probability: of each concept, (batch, concepts).
+        fired: which concepts act, (batch, concepts) of bool.
+    """
+
+    probability: Tensor
+    fired: Tensor
+
+    @property
+    def open(self) -> Tensor:
+        """Which prompts get a LoRA, (batch,) of bool."""
+        return self.fired.any(1)
+
+
+class Gate(nn.Module):
+    """A small classifier of prompt embeddings with one independent output a concept."""
+
+    def __init__(self, config: GateConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.standardize = Standardize(config.embedding_dim)
+        self.layers = nn.Sequential(
+            nn.Linear(config.embedding_dim, config.hidden_dim),
+            nn.SiLU(),
+            nn.Linear(config.hidden_dim, config.num_concepts),
+        )
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Logits of (batch, embedding_dim): (batch, concepts)."""
+        return self.layers(self.standardize(embedding))
+
+    def read(
+        self, embedding: Tensor, *, threshold: float | None = None, active: Sequence[bool] | None = None
+    ) -> Reading:
+        """Decide which concepts fire.
+
+        Args:
+            threshold: probability from which a concept fires; the calibrated one by default.
+            active: which concepts may fire; all by default.
+        """
+        threshold = self.config.threshold if threshold is None else check_threshold(threshold)
+        probability = self(embedding).sigmoid()
+        fired = probability >= threshold
+        if active is not None:
+            if len(active) != self.config.num_concepts:
+                raise ValueError(
+                    f"active must say yes or no for each of {self.config.num_concepts} concepts, got {len(active)}."
+                )
+            fired = fired & torch.tensor(list(active), device=fired.device)
+        return Reading(probability, fired)
+
+
+def check_threshold(threshold: float) -> float:
+    """The threshold, if it is a probability; ``ValueError`` if not."""
+    if not 0 < threshold < 1:
+        raise ValueError(f"The gate's threshold is a probability between 0 and 1, got {threshold}.")
+    return float(threshold)
