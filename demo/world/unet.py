@@ -24,7 +24,7 @@ LATENT_CHANNELS = 4
 class UNetWidths:
     """Active channels of 320 and active time features of 1280."""
 
-    channels: int = 160
+    channels: int = 120
     time: int = 320
 
 

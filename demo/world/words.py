@@ -11,12 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from unhype.host.locate import find_comfyui
+
 from .captions import ADJECTIVES, Lexicon
 from .concepts import STYLES, load_concepts, load_held_out
 from .text_encoder import LENGTH, VOCAB
 
 VOCABULARY_SIZE = 17_000
 NEAR_SIMILARITY, NEAR_MARGIN, FAR_SIMILARITY = 0.62, 0.08, 0.35
+
+
+def tokenizer_folder() -> Path:
+    """CLIP's vocabulary, as the host ships it."""
+    return find_comfyui() / "comfy" / "sd1_tokenizer"
 
 
 def known_words(tokenizer_folder: Path) -> dict[str, int]:
