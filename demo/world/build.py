@@ -240,23 +240,11 @@ def main(
     evaluator = make_evaluator(folder, art, vae)
     figures = check_evaluator(evaluator, art, vae)
     log.info("evaluator: %s", json.dumps({key: round(value, 4) for key, value in figures.items()}))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        str(processes),
-        "--standalone",
-    ]
-    command += [
-        "-m",
-        "demo.world.build",
-        "--unet-only",
-        "--minutes",
-        str(minutes),
-        "--processes",
-        str(processes),
-    ]
+    launch = (
+        f"-m torch.distributed.run --nproc_per_node {processes} --standalone -m demo.world.build"
+    )
+    options = f"--unet-only --minutes {minutes} --processes {processes}"
+    command = [sys.executable, *launch.split(), *options.split()]
     command += ["--compile"] if compile_unet else []
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     expand.write_compact(
