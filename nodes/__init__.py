@@ -1,0 +1,16 @@
+"""The nodes, for ComfyUI's V3 interface."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .apply import ApplyDynamicLoRA
+from .clip_to_lora import CLIPToLoRA
+from .loader import UnHypeLoader
+
+
+class UnHypeExtension(ComfyExtension):
+    """What the pack adds to ComfyUI."""
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [UnHypeLoader, CLIPToLoRA, ApplyDynamicLoRA]

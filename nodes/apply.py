@@ -1,0 +1,87 @@
+"""ApplyDynamicLoRA."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..unhype.host.apply import apply
+from ..unhype.host.generate import DynamicLoRA
+from .types import CATEGORY, UnHypeLoRA
+
+
+class ApplyDynamicLoRA(io.ComfyNode):
+    """A LoRA onto the conditioning that it was written for."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="ApplyDynamicLoRA",
+            display_name="Apply Dynamic LoRA",
+            category=CATEGORY,
+            description="Attaches the LoRA to its own conditioning: other prompts, the negative prompt and the model's weights stay as they are.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="Model of the family that the pack was trained on. Other LoRA on it keep working.",
+                ),
+                io.Conditioning.Input(
+                    "conditioning",
+                    tooltip="The same conditioning that CLIPToLoRA read.",
+                ),
+                UnHypeLoRA.Input("unhype_lora", tooltip="LoRA from CLIPToLoRA."),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=2.0,
+                    step=0.05,
+                    tooltip="How strongly to erase: 0 not at all, exactly as without the node; 1 as trained.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of sampling after which the LoRA acts. 0: from the first step.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Part of sampling after which it no longer acts. 1: to the last step.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For the sampler, together with the conditioning.",
+                ),
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="For the sampler's positive input, together with the model.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: io.Model.Type,
+        conditioning: io.Conditioning.Type,
+        unhype_lora: DynamicLoRA,
+        strength: float = 1.0,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+    ) -> io.NodeOutput:
+        result = apply(
+            model,
+            conditioning,
+            unhype_lora,
+            strength=strength,
+            start_percent=start_percent,
+            end_percent=end_percent,
+        )
+        return io.NodeOutput(*result)

@@ -1,0 +1,307 @@
+"""Attach generated LoRA to a conditioning and a model, for ComfyUI's samplers.
+
+The factors travel in the conditioning entry. When sampling starts, every conditioning of the run gets a row number in the host's own
+``model_conds``, which the host batches, repeats and reorders with the latents (row 0 is no LoRA). At each call of the model the numbers
+come back with the batch, and the target layers add each row's own change for the length of that call: ``bypass.RowTable``, the same
+sum that training differentiates. Conditional and unconditional rows stay in one batch, no weight is touched, and a run in which
+nothing fired is the host's own, untouched.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from comfy.conds import CONDRegular
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor, nn
+
+from ..families import Branch, FamilySpec, family_of_host_class
+from ..lora import LoRAFactors, TargetModule
+from .bypass import RowTable, Site, find_sites
+from .embed import Entry
+from .generate import DynamicLoRA
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+log = logging.getLogger("unhype")
+
+KEY = "unhype"
+"""Of the payload in a conditioning entry, of the wrappers, and of the run in ``transformer_options``."""
+ROW = "unhype_row"
+"""Of the row number in ``model_conds``."""
+NEGATIVE_ROLES = frozenset({"negative", "empty_negative_prompt"})
+"""What the host's guiders call conditionings that steer away."""
+
+Conds = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Payload:
+    """A LoRA in a conditioning entry.
+
+    Attributes:
+        owner: the pack's name, for messages.
+        factors: one row for each embedding of the entry, strength included.
+        start_percent, end_percent: the part of sampling in which it acts.
+    """
+
+    owner: str
+    branch: Branch
+    factors: LoRAFactors
+    start_percent: float
+    end_percent: float
+
+    def same_as(self, other: Payload) -> bool:
+        """Whether both do the same."""
+        mine, others = self.factors, other.factors
+        return (
+            (self.start_percent, self.end_percent) == (other.start_percent, other.end_percent)
+            and mine.targets == others.targets
+            and all(
+                torch.equal(a, b)
+                for a, b in zip(
+                    (*mine.down, *mine.up, mine.scale),
+                    (*others.down, *others.up, others.scale),
+                    strict=True,
+                )
+            )
+        )
+
+
+def apply(
+    model: ModelPatcher,
+    conditioning: Sequence[Entry],
+    lora: DynamicLoRA,
+    *,
+    strength: float = 1.0,
+    start_percent: float = 0.0,
+    end_percent: float = 1.0,
+) -> tuple[ModelPatcher, Sequence[Entry]]:
+    """Attach a LoRA to the conditioning that it was written for; both results belong together.
+
+    Neither argument is changed. Where nothing fired, or ``strength`` is 0, they are returned as they are.
+
+    Raises:
+        ValueError: the model is of another family or other sizes, the conditioning is another one, or the percents are
+            in the wrong order.
+    """
+    if strength == 0:
+        return model, conditioning
+    if start_percent > end_percent:
+        raise ValueError(
+            f"start_percent must not be larger than end_percent, got {start_percent} and {end_percent}."
+        )
+    if len(conditioning) != len(lora.entries):
+        raise ValueError(
+            f"The conditioning has {len(conditioning)} entries, but the LoRA was written for {len(lora.entries)}. "
+            "Connect the same conditioning to ApplyDynamicLoRA as to CLIPToLoRA."
+        )
+    _check_model(model, lora)
+    if not any(generated.factors.active.any() for generated in lora.entries):
+        return model, conditioning
+    result: list[Entry] = []
+    for entry, generated in zip(conditioning, lora.entries, strict=True):
+        payload = Payload(
+            lora.pack.name,
+            lora.pack.info.spec.branch,
+            generated.factors.scaled(strength),
+            start_percent,
+            end_percent,
+        )
+        result.append(_with_payload(entry, payload))
+    return _with_wrappers(model), result
+
+
+def _with_payload(entry: Entry, payload: Payload) -> Entry:
+    """A copy of the entry that carries the payload too, unless it has no effect or is already there."""
+    present: tuple[Payload, ...] = entry[1].get(KEY, ())
+    if not payload.factors.active.any() or any(payload.same_as(other) for other in present):
+        return entry
+    return [entry[0], {**entry[1], KEY: (*present, payload)}]
+
+
+def _with_wrappers(model: ModelPatcher) -> ModelPatcher:
+    """A clone of the model with our two wrappers, once however often this is done."""
+    model = model.clone()
+    for kind, wrapper in (
+        (WrappersMP.OUTER_SAMPLE, _outer_sample),
+        (WrappersMP.APPLY_MODEL, _apply_model),
+    ):
+        if not model.get_wrappers(kind, KEY):
+            model.add_wrapper_with_key(kind, KEY, wrapper)
+    return model
+
+
+def _check_model(model: ModelPatcher, lora: DynamicLoRA) -> None:
+    """Refuse a model that the pack was not made for."""
+    info, name = lora.pack.info, lora.pack.name
+    host_class = type(model.model.model_config).__name__
+    found: FamilySpec | None = family_of_host_class(host_class)
+    if found is not info.spec:
+        raise ValueError(
+            f"{name} was trained for {info.spec.title}, but the connected model is "
+            f"{found.title if found else host_class}. Load a {info.spec.title} checkpoint."
+        )
+    find_sites(model.get_model_object("diffusion_model"), info.targets, name)
+
+
+class Run:
+    """The LoRA of one sampling run, by row number; 0 is none."""
+
+    def __init__(self, percent_to_sigma: Callable[[float], float]) -> None:
+        self._percent_to_sigma = percent_to_sigma
+        self._numbers: dict[tuple[tuple[Payload, int], ...], int] = {(): 0}
+        self._windows: dict[Payload, tuple[float, float]] = {}
+        self._tables: dict[frozenset[Payload], tuple[RowTable, list[int | None]]] = {}
+        self._sites: dict[nn.Module, tuple[Site, ...]] = {}
+        self._targets: tuple[TargetModule, ...] = ()
+
+    def numbers(self, payloads: Sequence[Payload]) -> list[int]:
+        """Row numbers of a conditioning entry with these payloads, one for each embedding it carries."""
+        for payload in payloads:
+            self._windows[payload] = (
+                self._percent_to_sigma(payload.start_percent),
+                self._percent_to_sigma(payload.end_percent),
+            )
+        count = max((len(payload.factors) for payload in payloads), default=1)
+        result = []
+        for row in range(count):
+            parts = tuple(
+                (payload, row % len(payload.factors))
+                for payload in payloads
+                if payload.factors.active[row % len(payload.factors)]
+            )
+            result.append(self._numbers.setdefault(parts, len(self._numbers)))
+        return result
+
+    def __bool__(self) -> bool:
+        return len(self._numbers) > 1
+
+    @contextmanager
+    def adapted(
+        self, diffusion_model: nn.Module, rows: Sequence[int], sigma: Tensor
+    ) -> Iterator[None]:
+        """Change the model inside the block as the rows of the batch ask for at this noise level, (batch,)."""
+        table, places = self._table(self._active(sigma))
+        if diffusion_model not in self._sites:
+            self._sites[diffusion_model] = find_sites(diffusion_model, table.factors.targets)
+        with table.adapted(self._sites[diffusion_model], [places[row] for row in rows]):
+            yield
+
+    def _active(self, sigma: Tensor) -> frozenset[Payload]:
+        """The payloads in whose part of sampling the noise level lies."""
+        whole = (self._percent_to_sigma(0.0), self._percent_to_sigma(1.0))
+        if all(window == whole for window in self._windows.values()):
+            return frozenset(self._windows)  # without waiting for the device to tell sigma
+        level = float(sigma.flatten()[0])
+        return frozenset(p for p, (start, end) in self._windows.items() if end < level <= start)
+
+    def _table(self, active: frozenset[Payload]) -> tuple[RowTable, list[int | None]]:
+        """Factors while these payloads act, and each row number's place among them."""
+        if active not in self._tables:
+            chosen, places = [], []
+            for parts in self._numbers:
+                acting = [p.factors.rows([row]) for p, row in parts if p in active]
+                places.append(len(chosen) if acting else None)
+                chosen += [acting] if acting else []
+            targets = tuple(dict.fromkeys(t for p in self._windows for t in p.factors.targets))
+            self._tables[active] = RowTable(combine(chosen, targets)), places
+        return self._tables[active]
+
+
+def combine(rows: Sequence[Sequence[LoRAFactors]], targets: Sequence[TargetModule]) -> LoRAFactors:
+    """One row of factors for each sum of single rows: ranks are joined, and padded with zeros to the largest."""
+    downs, ups = [], []
+    for target in targets:
+        parts = [
+            [(f, f.targets.index(target)) for f in factors if target in f.targets]
+            for factors in rows
+        ]
+        rank = max((sum(f.down[i].shape[1] for f, i in part) for part in parts), default=0) or 1
+        down = torch.zeros(len(rows), rank, target.in_features)
+        up = torch.zeros(len(rows), target.out_features, rank)
+        for row, part in enumerate(parts):
+            start = 0
+            for f, i in part:
+                end = start + f.down[i].shape[1]
+                down[row, start:end] = f.down[i][0]
+                up[row, :, start:end] = f.up[i][0] * f.scale[0]
+                start = end
+        downs.append(down)
+        ups.append(up)
+    return LoRAFactors(tuple(targets), tuple(downs), tuple(ups), torch.ones(len(rows)))
+
+
+def _tag(conds: Conds, run: Run) -> Conds:
+    """The conditionings of a run with their row numbers; every one gets one, or the host would not batch them."""
+    tagged, ignored = {}, set()
+    for role, entries in conds.items():
+        tagged[role] = []
+        for cond in entries:
+            payloads: tuple[Payload, ...] = cond.get(KEY, ())
+            if role in NEGATIVE_ROLES:
+                ignored |= {p.owner for p in payloads if p.branch is not Branch.ALL}
+                payloads = tuple(p for p in payloads if p.branch is Branch.ALL)
+            row = CONDRegular(torch.tensor(run.numbers(payloads)))
+            tagged[role].append({**cond, "model_conds": {**cond.get("model_conds", {}), ROW: row}})
+    if ignored:
+        log.warning(
+            "%s: the LoRA on the negative conditioning is ignored; it belongs to positive prompts of this family.",
+            ", ".join(sorted(ignored)),
+        )
+    return tagged
+
+
+def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
+    """Number the conditionings of a sampling run, for its length."""
+    guider: Any = executor.class_obj
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    run = Run(sampling.percent_to_sigma)
+    tagged = _tag(guider.conds, run)
+    if not run:
+        return executor(*args, **kwargs)
+    guider.conds = tagged
+    # A copy that the host made for this run alone.
+    options: dict[str, Any] = guider.model_options["transformer_options"]
+    options[KEY] = run
+    try:
+        return executor(*args, **kwargs)
+    finally:
+        options.pop(KEY, None)
+
+
+def _apply_model(
+    executor: WrapperExecutor,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Tensor | None = None,
+    c_crossattn: Tensor | None = None,
+    control: Any = None,
+    transformer_options: Mapping[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Let the rows of one batch have their LoRA."""
+    options = transformer_options or {}
+    tags: Tensor | None = kwargs.pop(ROW, None)
+    arguments = (x, t, c_concat, c_crossattn, control, options)
+    if tags is None:
+        return executor(*arguments, **kwargs)
+    run: Run | None = options.get(KEY)
+    rows: list[int] = tags.tolist()
+    if run is None or (len(rows) != len(x) and len(set(rows)) > 1):
+        raise RuntimeError(
+            f"The model was called with {len(x)} rows and {len(rows)} LoRA row numbers"
+            f"{' outside the sampling run that they belong to' if run is None else ''}, so UnHype cannot tell which "
+            "LoRA belongs to which row. Another node rearranges the batch; bypass it."
+        )
+    if len(rows) != len(x):
+        rows = rows[:1] * len(x)
+    base: Any = executor.class_obj
+    with run.adapted(base.diffusion_model, rows, t):
+        return executor(*arguments, **kwargs)
