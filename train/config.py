@@ -1,0 +1,529 @@
+"""A training run as one strict YAML file, and sentences for what is wrong in it."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from unhype.hypernetwork import Architecture
+
+DATA = Path(__file__).parent / "data"
+STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ConfigError(ValueError):
+    """What is wrong in a config, one sentence a problem."""
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a text file without blank ones and ``#`` comments."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"file {str(path)!r} cannot be read ({type(error).__name__}). Give a text file, one entry a line"
+        ) from error
+    return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
+
+
+def normal(phrase: str) -> str:
+    """A phrase as it is compared: lower case, single spaces, no leading article."""
+    words = re.sub(r"\s+", " ", phrase.strip().casefold())
+    return re.sub(r"^(a|an|the) ", "", words)
+
+
+def _to_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _to_lines(value: object) -> object:
+    return read_lines(Path(value)) if isinstance(value, str) else _to_tuple(value)
+
+
+def _to_path(value: object) -> object:
+    return Path(value) if isinstance(value, str) and value.strip() else value
+
+
+def _to_number(value: object) -> object:
+    # YAML 1.1 reads 1e-3 as text; it wants 1.0e-3.
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Phrase = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(_to_tuple)]
+Lines = Annotated[tuple[Phrase, ...], BeforeValidator(_to_lines)]
+FilePath = Annotated[Path, BeforeValidator(_to_path)]
+Count = Annotated[int, Field(ge=1)]
+Number = Annotated[float, BeforeValidator(_to_number), Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, BeforeValidator(_to_number), Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, BeforeValidator(_to_number), Field(ge=0, le=1)]
+OpenShare = Annotated[float, BeforeValidator(_to_number), Field(ge=0, lt=1)]
+
+
+class ConceptConfig(BaseModel):
+    """One concept to erase: the phrases that name it, and the phrase drawn in its place."""
+
+    model_config = STRICT
+
+    name: Phrase
+    target: Annotated[Phrases, Field(min_length=1)]
+    anchor: Phrase
+
+    @model_validator(mode="after")
+    def _anchor_differs(self) -> ConceptConfig:
+        if normal(self.anchor) in {normal(phrase) for phrase in self.target}:
+            raise ValueError(
+                f"the anchor {self.anchor!r} of concept {self.name!r} is one of its target phrases. "
+                "Name something else to draw instead, for example 'an empty meadow'"
+            )
+        return self
+
+
+class NetworkConfig(BaseModel):
+    """The hypernetwork; ``rank`` is the number of atoms a layer has, or the rank of a head."""
+
+    model_config = STRICT
+
+    architecture: Annotated[Architecture, Field(strict=False)] = Architecture.ATOMS
+    rank: Count = 16
+    hidden_dim: Count = 128
+    num_steps: Count = 300
+
+
+class GateConfig(BaseModel):
+    """The gate, trained on text embeddings alone.
+
+    Attributes:
+        num_positives: prompts with a target phrase, over all concepts.
+        num_negatives: prompts without one.
+        noise: standard deviation of the noise on standardized embeddings.
+        virtual_negatives: how far, at most, negatives are moved towards a positive.
+        held_back: share of retain phrases, captions and positives kept for calibration.
+        false_fire_rate: how many of the kept negatives may fire.
+        threshold_position: where the threshold lies between kept negatives (0) and positives (1).
+    """
+
+    model_config = STRICT
+
+    hidden_dim: Count = 64
+    steps: Count = 400
+    batch_size: Annotated[int, Field(ge=2)] = 128
+    lr: Positive = 2e-3
+    weight_decay: Number = 0.05
+    num_positives: Annotated[int, Field(ge=10)] = 300
+    num_negatives: Annotated[int, Field(ge=10)] = 900
+    noise: Number = 0.2
+    virtual_negatives: OpenShare = 0.0
+    held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
+    false_fire_rate: OpenShare = 0.01
+    threshold_position: Share = 0.5
+
+
+class TrajectoryConfig(BaseModel):
+    """States of the frozen model that training starts from.
+
+    Attributes:
+        rollouts: pictures begun, over all concepts.
+        retain_rollouts: pictures of retain prompts begun, for function-space retention.
+        states: how many states of one rollout are kept.
+        steps: sampler steps of a whole rollout.
+        size: side of the pictures in pixels.
+        scene_share: share of prompts that show another concept too.
+        anchor_share: share of rollouts that follow the anchor prompt.
+        keep: keep what was computed on disk after the run, for the next run with these settings.
+    """
+
+    model_config = STRICT
+
+    rollouts: Count = 48
+    retain_rollouts: Annotated[int, Field(ge=0)] = 0
+    states: Count = 6
+    steps: Count = 20
+    size: Annotated[int, Field(ge=8, multiple_of=8)] = 512
+    guidance_scale: Positive = 5.0
+    scene_share: Share = 0.35
+    anchor_share: Share = 0.3
+    batch_size: Count = 8
+    keep: bool = False
+
+    @model_validator(mode="after")
+    def _states_fit(self) -> TrajectoryConfig:
+        if self.states > self.steps:
+            raise ValueError(
+                f"got {self.states} states from rollouts of {self.steps} steps. "
+                "Keep at most as many states as there are steps"
+            )
+        return self
+
+
+class ObjectiveName(Enum):
+    """How the hypernetwork learns what to write."""
+
+    DIRECT = "direct"
+
+
+class ObjectiveConfig(BaseModel):
+    """The loss.
+
+    Attributes:
+        negative_guidance: how far beyond the anchor prediction to push, gamma.
+        full_strength: share of samples at s = S; the others draw s uniformly.
+        weight_retention: factor of the squared LoRA norm of retain prompts.
+        retain_batch_size: retain embeddings a step.
+        function_retention: factor of the squared change of predictions for retain prompts.
+    """
+
+    model_config = STRICT
+
+    name: Annotated[ObjectiveName, Field(strict=False)] = ObjectiveName.DIRECT
+    negative_guidance: Number = 1.0
+    full_strength: Share = 0.25
+    weight_retention: Number = 1e-3
+    retain_batch_size: Count = 64
+    function_retention: Number = 0.0
+
+
+class OptimizerConfig(BaseModel):
+    """Steps, learning rate (linear warmup, then cosine down to ``final_lr`` times ``lr``), and records."""
+
+    model_config = STRICT
+
+    steps: Count = 300
+    batch_size: Count = 8
+    lr: Positive = 2e-3
+    warmup: Annotated[int, Field(ge=0)] = 10
+    final_lr: Share = 0.05
+    weight_decay: Number = 0.0
+    clip: Positive = 1.0
+    ema: OpenShare = 0.0
+    save_every: Count = 50
+    log_every: Count = 10
+
+
+class TrainConfig(BaseModel):
+    """One run. ``retain``, ``retain_captions`` and ``templates`` may name a text file instead of listing."""
+
+    model_config = STRICT
+
+    checkpoint: FilePath
+    output: FilePath
+    concepts: Annotated[tuple[ConceptConfig, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
+    retain: Lines
+    retain_captions: Lines = Field(default_factory=lambda: read_lines(DATA / "captions.txt"))
+    templates: Lines = Field(default_factory=lambda: read_lines(DATA / "templates.txt"))
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    license: str = ""
+    network: NetworkConfig = NetworkConfig()
+    gate: GateConfig = GateConfig()
+    trajectories: TrajectoryConfig = TrajectoryConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: OptimizerConfig = OptimizerConfig()
+
+    @field_validator("output")
+    @classmethod
+    def _is_safetensors(cls, output: Path) -> Path:
+        if output.suffix != ".safetensors":
+            raise ValueError(f"got {str(output)!r}, expected a file name ending in .safetensors")
+        return output
+
+    @field_validator("templates")
+    @classmethod
+    def _templates_have_slots(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
+        for template in templates:
+            if template.count("{}") not in (1, 2) or re.search(r"[{}]", template.replace("{}", "")):
+                raise ValueError(
+                    f"template {template!r} must hold {{}} once, or twice for two concepts, and no other braces"
+                )
+        if {template.count("{}") for template in templates} != {1, 2}:
+            raise ValueError(
+                "give at least one template with one {} and one with two, for single and paired concepts"
+            )
+        return templates
+
+    @field_validator("retain")
+    @classmethod
+    def _retains_something(cls, retain: tuple[str, ...]) -> tuple[str, ...]:
+        if not retain:
+            raise ValueError(
+                "the retain set is empty; without it everything else is erased too. "
+                "List phrases that must stay as they are, the closest neighbours of the targets among them"
+            )
+        return retain
+
+    @model_validator(mode="after")
+    def _phrases_are_consistent(self) -> TrainConfig:
+        owners: dict[str, str] = {}
+        for concept in self.concepts:
+            for phrase in concept.target:
+                if owners.setdefault(normal(phrase), concept.name) != concept.name:
+                    raise ValueError(
+                        f"target phrase {phrase!r} belongs to {owners[normal(phrase)]!r} and to {concept.name!r}. "
+                        "Leave it in one of them"
+                    )
+        names = [concept.name for concept in self.concepts]
+        if len(set(names)) != len(names):
+            raise ValueError(f"concept names must differ, got {', '.join(names)}")
+        for phrase in self.retain:
+            if normal(phrase) in owners:
+                raise ValueError(
+                    f"retain phrase {phrase!r} is also a target phrase of {owners[normal(phrase)]!r}. "
+                    "Remove it from one of the two lists"
+                )
+        if self.objective.function_retention and not self.trajectories.retain_rollouts:
+            raise ValueError(
+                "objective.function_retention needs states of retain prompts: "
+                "set trajectories.retain_rollouts to at least 1"
+            )
+        return self
+
+    def plain(self) -> dict[str, object]:
+        """The config as plain data, every list written out."""
+        return self.model_dump(mode="json")
+
+    def digest(self) -> str:
+        """A hash of everything but where the result goes."""
+        text = json.dumps(self.model_dump(mode="json", exclude={"output"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML config; ``overrides`` are ``key.key=value`` and win over the file."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"There is no config file {path}. Give the path of a YAML file."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read as a text file ({type(error).__name__})."
+        ) from error
+    try:
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise ConfigError(f"{path}{line} is not valid YAML: {problem}.") from error
+    if not isinstance(data, dict):
+        got = "nothing" if data is None else f"a {type(data).__name__}"
+        raise ConfigError(
+            f"{path} holds {got}, expected keys with values. Known keys: {', '.join(TrainConfig.model_fields)}."
+        )
+    _refuse_repeated_keys(tree, path)
+    return make_config(data, overrides, source=Source(path, tree))
+
+
+class Source:
+    """Where a config comes from, to name file and line in errors."""
+
+    def __init__(self, path: Path | None = None, tree: yaml.Node | None = None) -> None:
+        self.path = path
+        self.tree = tree
+        self.overridden: list[tuple[str | int, ...]] = []
+
+    def place(self, location: Sequence[str | int]) -> str:
+        """ " in FILE, line N", " given with --set", or nothing."""
+        if any(tuple(location[: len(keys)]) == keys for keys in self.overridden):
+            return " given with --set"
+        if self.path is None:
+            return ""
+        line = _line(self.tree, location)
+        return f" in {self.path}, line {line}" if line else f" in {self.path}"
+
+
+def make_config(
+    data: Mapping[str, object], overrides: Sequence[str] = (), *, source: Source | None = None
+) -> TrainConfig:
+    """Check plain data; see :func:`load_config` for ``overrides``."""
+    source = source or Source()
+    merged = json.loads(json.dumps(data, default=str))
+    for override in overrides:
+        source.overridden.append(_override(merged, override))
+    _look_up_concepts(merged, source)
+    try:
+        return TrainConfig.model_validate(merged)
+    except ValidationError as error:
+        sentences = [_sentence(detail, source) for detail in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(sentences))) from error
+
+
+def _look_up_concepts(data: dict[str, object], source: Source) -> None:
+    """Replace concepts given by name with their entry in ``concept_file``."""
+    library_path = data.pop("concept_file", None)
+    concepts = data.get("concepts")
+    if not isinstance(concepts, list) or not any(isinstance(entry, str) for entry in concepts):
+        return
+    if not isinstance(library_path, str):
+        name = next(entry for entry in concepts if isinstance(entry, str))
+        raise ConfigError(
+            f"concepts{source.place(('concepts',))} refers to {name!r} by name, but there is no concept_file. "
+            "Set concept_file to a YAML file of concepts, or write out name, target and anchor."
+        )
+    try:
+        library = yaml.safe_load(Path(library_path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"concept_file {library_path!r}{source.place(('concept_file',))} cannot be read "
+            f"({type(error).__name__}). Give a YAML file of concepts: name: {{target: [...], anchor: ...}}."
+        ) from error
+    if not isinstance(library, dict):
+        raise ConfigError(
+            f"concept_file {library_path!r} must hold name: {{target: [...], anchor: ...}}."
+        )
+    for index, entry in enumerate(concepts):
+        if isinstance(entry, str):
+            if not isinstance(library.get(entry), dict):
+                raise ConfigError(
+                    f"concepts.{index}{source.place(('concepts', index))} is {entry!r}, which {library_path} "
+                    f"does not hold. {_suggest(entry, [str(name) for name in library])}"
+                )
+            concepts[index] = {"name": entry, **library[entry]}
+
+
+def _override(data: dict[str, object], override: str) -> tuple[str | int, ...]:
+    """Write one ``key.key=value`` into ``data`` and return its keys."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"--set needs key=value, for example train.lr=1e-4; got {override!r}.")
+    try:
+        value: object = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {path}: the value {text!r} is not valid YAML.") from error
+    keys: list[str | int] = [int(key) if key.isdigit() else key for key in path.strip().split(".")]
+    place: object = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, dict) and isinstance(key, str):
+            if last:
+                place[key] = value
+            place = place.setdefault(key, {})
+        elif isinstance(place, list) and isinstance(key, int) and key < len(place):
+            if last:
+                place[key] = value
+            place = place[key]
+        else:
+            parent = ".".join(map(str, keys[:depth])) or "the config"
+            raise ConfigError(f"--set {path}: {parent} has no entry {key!r} to change.")
+    return tuple(keys)
+
+
+def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+    """YAML would silently let the last one win."""
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ConfigError(
+                    f"Key {key.value!r} stands twice in {path}, on lines {lines[key.value]} and {line}. Keep one."
+                )
+            lines[key.value] = line
+            _refuse_repeated_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            _refuse_repeated_keys(value, path)
+
+
+def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
+    """The line of the deepest part of ``location`` that the file has."""
+    line = None
+    for key in location:
+        if isinstance(node, yaml.MappingNode):
+            found = next(((k, v) for k, v in node.value if k.value == key), None)
+            if found is None:
+                break
+            line, node = found[0].start_mark.line + 1, found[1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
+            node = node.value[key]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _suggest(wrong: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wrong, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Known: {', '.join(known)}.{hint}"
+
+
+def _fields_at(location: Sequence[str | int]) -> list[str]:
+    """The keys of the section at ``location``."""
+    section: type[BaseModel] = TrainConfig
+    for key in location:
+        if isinstance(key, str) and key in section.model_fields:
+            annotation = section.model_fields[key].annotation
+            for option in (annotation, *get_args(annotation)):
+                if isinstance(option, type) and issubclass(option, BaseModel):
+                    section = option
+    names = list(section.model_fields)
+    return [*names, "concept_file"] if section is TrainConfig else names
+
+
+EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "a section with keys",
+    "enum": "one of {expected}",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "int_type": "a whole number",
+    "is_instance_of": "a file name",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "literal_error": "one of {expected}",
+    "model_type": "a section with keys",
+    "multiple_of": "a multiple of {multiple_of}",
+    "path_type": "a file name",
+    "string_pattern_mismatch": "text that is not blank",
+    "string_too_short": "text that is not blank",
+    "string_type": "text",
+    "too_short": "at least {min_length} entry",
+    "tuple_type": "a list",
+}
+
+
+def _sentence(detail: Mapping[str, object], source: Source) -> str:
+    """One problem that the schema found, as a sentence."""
+    location = detail["loc"]
+    kind, value = str(detail["type"]), detail.get("input")
+    context = detail.get("ctx") or {}
+    if not isinstance(location, tuple) or not isinstance(context, dict):
+        return str(detail["msg"])
+    key = ".".join(map(str, location))
+    place = source.place(location)
+    if kind == "extra_forbidden":
+        known = _fields_at(location[:-1])
+        return f"Unknown key {key!r}{place}. {_suggest(str(location[-1]), known)}"
+    if kind == "missing":
+        parent = ".".join(map(str, location[:-1])) or "the config"
+        known = ", ".join(_fields_at(location[:-1]))
+        return f"Key {key!r} is missing{source.place(location[:-1])}; {parent} needs it. Known: {known}."
+    if kind == "value_error":
+        text = str(context.get("error", detail["msg"]))
+        return f"{key}{place}: {text}." if key else f"The config{place}: {text}."
+    expected = EXPECTED.get(kind, str(detail["msg"])).format(**context)
+    return f"{key}{place} is {value!r}, expected {expected}."

@@ -1,0 +1,148 @@
+"""States z_t on the frozen model's own trajectories, with its predictions there, computed once."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from unhype.host.denoise import TextBatch
+
+from .config import TrajectoryConfig
+from .denoiser import DenoiserLike, rows
+
+Tick = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """States and the frozen model's predictions for a prompt p and for its anchor prompt m.
+
+    Attributes:
+        cross, pooled: encodings of the prompts p, (num_prompts, ...)
+        prompt: which prompt a state belongs to, (num_states,)
+        latents, prediction, anchor_prediction: (num_states, channels, height, width)
+        sigmas: (num_states,)
+    """
+
+    cross: Tensor
+    pooled: Tensor
+    prompt: Tensor
+    latents: Tensor
+    sigmas: Tensor
+    prediction: Tensor
+    anchor_prediction: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some states of a pool; ``text`` is the prompts p, row by row."""
+
+    text: TextBatch
+    latents: Tensor
+    sigmas: Tensor
+    prediction: Tensor
+    anchor_prediction: Tensor
+
+
+def draw(pool: Pool, batch_size: int, generator: torch.Generator) -> Batch:
+    """States drawn with replacement."""
+    index = torch.randint(len(pool.prompt), (batch_size,), generator=generator)
+    prompt = pool.prompt[index]
+    return Batch(
+        TextBatch(cross=pool.cross[prompt], pooled=pool.pooled[prompt]),
+        pool.latents[index],
+        pool.sigmas[index],
+        pool.prediction[index],
+        pool.anchor_prediction[index],
+    )
+
+
+def collect(
+    denoiser: DenoiserLike,
+    prompts: Sequence[tuple[str, str]],
+    config: TrajectoryConfig,
+    *,
+    seed: int,
+    tick: Tick,
+) -> Pool:
+    """Roll the frozen model out on prompts p, a share of them on their anchors m, and predict for both.
+
+    Args:
+        prompts: pairs (p, m); equal ones give states whose prediction is to be kept.
+    """
+    rng = random.Random(f"unhype trajectories {seed}")
+    texts = embed_in_batches(denoiser, [p for p, _ in prompts], config.batch_size)
+    same = all(p == m for p, m in prompts)
+    anchors = (
+        texts if same else embed_in_batches(denoiser, [m for _, m in prompts], config.batch_size)
+    )
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, len(prompts), config.batch_size):
+        index = torch.arange(start, min(start + config.batch_size, len(prompts)))
+        text, anchor = rows(texts, index), rows(anchors, index)
+        follow_anchor = torch.tensor([rng.random() < config.anchor_share for _ in index])
+        states, sigmas = denoiser.rollout(
+            _choose(anchor, text, follow_anchor),
+            steps=config.steps,
+            guidance_scale=config.guidance_scale,
+            seed=rng.getrandbits(31),
+            size=config.size,
+            stop_indices=_stops(config, rng),
+        )
+        for latents, sigma in zip(states, sigmas, strict=True):
+            sigma = sigma.expand(len(index))
+            with torch.no_grad():
+                prediction = denoiser.predict(latents, sigma, text, None).float()
+                twin = (
+                    prediction if same else denoiser.predict(latents, sigma, anchor, None).float()
+                )
+            parts.append((index, latents, sigma, prediction, twin))
+        tick(int(index[-1]) + 1, len(prompts))
+    prompt, latents, sigmas, prediction, twin = (
+        torch.cat(part) for part in zip(*parts, strict=True)
+    )
+    return Pool(texts.cross, texts.pooled, prompt, latents, sigmas, prediction, twin.clone())
+
+
+def embed_in_batches(
+    denoiser: DenoiserLike, texts: Sequence[str], batch_size: int, tick: Tick | None = None
+) -> TextBatch:
+    """Encode texts, each distinct one once."""
+    distinct = list(dict.fromkeys(texts))
+    batches = []
+    for start in range(0, len(distinct), batch_size):
+        batches.append(denoiser.embed(distinct[start : start + batch_size]))
+        if tick is not None:
+            tick(min(start + batch_size, len(distinct)), len(distinct))
+    place = {text: index for index, text in enumerate(distinct)}
+    index = torch.tensor([place[text] for text in texts])
+    whole = TextBatch(
+        cross=torch.cat([batch.cross for batch in batches]),
+        pooled=torch.cat([batch.pooled for batch in batches]),
+    )
+    return rows(whole, index)
+
+
+def _stops(config: TrajectoryConfig, rng: random.Random) -> list[int]:
+    """One step drawn from each of ``states`` equal stretches of the rollout."""
+    stretch = config.steps / config.states
+    return sorted({int((part + rng.random()) * stretch) for part in range(config.states)})
+
+
+def _choose(first: TextBatch, second: TextBatch, use_first: Tensor) -> TextBatch:
+    """Rows of the first where the mask says so, else of the second."""
+    return TextBatch(
+        cross=torch.where(
+            use_first.view(-1, 1, 1).to(first.cross.device), first.cross, second.cross
+        ),
+        pooled=torch.where(
+            use_first.view(-1, 1).to(first.pooled.device), first.pooled, second.pooled
+        ),
+    )
