@@ -85,7 +85,7 @@ MakePack = Callable[..., Pack]
 @pytest.fixture(scope="session")
 def make_pack(world: World, tmp_path_factory: pytest.TempPathFactory) -> MakePack:
     """Build real packs with random weights, saved and loaded again, whose gate is set by hand."""
-    folder = tmp_path_factory.mktemp("packs")
+    default = tmp_path_factory.mktemp("packs")
 
     def make(
         *,
@@ -93,6 +93,7 @@ def make_pack(world: World, tmp_path_factory: pytest.TempPathFactory) -> MakePac
         fires: bool | tuple[str, str] = True,
         seed: int = 0,
         name: str = "pack.safetensors",
+        folder: Path = default,
     ) -> Pack:
         """``fires``: always, never, or the pair (prompt that fires, prompt that does not)."""
         family = family_of_host_class("SD15")

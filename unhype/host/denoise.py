@@ -264,7 +264,7 @@ def _family_of(checkpoint: Path, state: dict[str, Tensor]) -> FamilySpec:
     known = ", ".join(spec.title for spec in FAMILIES.values())
     if config is None:
         raise CheckpointRefusedError(
-            f"{checkpoint.name} holds no diffusion model that ComfyUI knows; LoRA, VAE and text encoder files do not. "
+            f"{checkpoint.name} holds no diffusion model that ComfyUI knows (LoRA, VAE and text encoder files hold none). "
             f"Give a full checkpoint of {known}."
         )
     host_class = type(config).__name__
