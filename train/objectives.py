@@ -56,7 +56,7 @@ class Direct:
         forget = draw(self.material.forget, batch_size, generator)
         erase = self._regression(forget, self._positions(batch_size, generator))
         erase.backward()
-        values = {"erase": float(erase)}
+        values = {"erase": float(erase.detach())}
 
         if self.config.weight_retention:
             embeddings = self.material.retain_embeddings
@@ -65,14 +65,14 @@ class Direct:
             factors = self.hypernetwork.generate(embeddings[chosen.to(embeddings.device)])
             retain = factors.squared_norm().mean()
             (self.config.weight_retention * retain).backward()
-            values["retain"] = float(retain)
+            values["retain"] = float(retain.detach())
 
         if self.config.function_retention and self.material.retain is not None:
             kept = draw(self.material.retain, batch_size, generator)
             full = torch.full((batch_size,), float(self.hypernetwork.config.num_steps))
             change = self._regression(kept, full)
             (self.config.function_retention * change).backward()
-            values["change"] = float(change)
+            values["change"] = float(change.detach())
 
         loss = (
             values["erase"]

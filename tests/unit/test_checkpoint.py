@@ -1,0 +1,243 @@
+"""The pack file: what comes back, and a sentence for everything that is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unhype import checkpoint
+from unhype.checkpoint import (
+    CONFIG_KEY,
+    FORMAT_KEY,
+    BaseFingerprint,
+    Calibration,
+    CheckpointError,
+    ConceptInfo,
+    PackInfo,
+)
+from unhype.families import FAMILIES
+from unhype.gate import Gate, GateConfig
+from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
+from unhype.lora import TargetModule
+
+FAMILY = next(iter(FAMILIES))
+DIM = FAMILIES[FAMILY].embedding.dim
+TARGETS = (TargetModule("a.attn2.to_k", 6, 5), TargetModule("b.qkv", 6, 4, 4, 12))
+
+
+def make_info(architecture: Architecture = Architecture.ATOMS) -> PackInfo:
+    return PackInfo(
+        family=FAMILY,
+        base=BaseFingerprint("model.safetensors", "abc"),
+        hypernetwork=HypernetworkConfig(architecture, DIM, rank=2, hidden_dim=8),
+        targets=TARGETS,
+        gate=GateConfig(DIM, 2, 4, threshold=0.25),
+        concepts=(
+            ConceptInfo("cat", ("cat", "kitty"), "a meadow"),
+            ConceptInfo("dog", ("dog",), "a meadow"),
+        ),
+        calibration=Calibration(0.001, 0.02, 900, 300),
+        training={"seed": 3, "train": {"lr": 1e-3}},
+        training_digest="d",
+        metrics={"final_loss": 0.5},
+        version="0.1.0",
+        license="Apache-2.0",
+    )
+
+
+def write(path: Path, info: PackInfo | None = None) -> PackInfo:
+    info = info or make_info()
+    torch.manual_seed(0)
+    hypernetwork = make_hypernetwork(info.hypernetwork, info.targets)
+    for parameter in hypernetwork.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    checkpoint.save(path, info, hypernetwork, Gate(info.gate))
+    return info
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor], dict[str, str]], object]) -> None:
+    """Write the file again with tensors or metadata changed."""
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {n: file.get_tensor(n) for n in file.keys()}, dict(file.metadata())  # noqa: SIM118
+    change(tensors, metadata)
+    save_file(tensors, path, metadata)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    write(tmp_path / "pack.safetensors")
+    return tmp_path / "pack.safetensors"
+
+
+@pytest.mark.parametrize("architecture", list(Architecture))
+def test_a_pack_comes_back_as_it_was(architecture: Architecture, tmp_path: Path) -> None:
+    path = tmp_path / "pack.safetensors"
+    info = write(path, make_info(architecture))
+    pack = checkpoint.load(path)
+    assert pack.info == info == checkpoint.read_info(path)
+    again = tmp_path / "again.safetensors"
+    checkpoint.save(again, pack.info, pack.hypernetwork, pack.gate)
+    embedding = torch.randn(2, DIM)
+    first, second = (checkpoint.load(p).generate(embedding) for p in (path, again))
+    assert torch.equal(first.factors.delta(0), second.factors.delta(0))
+    assert torch.equal(first.reading.probability, second.reading.probability)
+
+
+def test_loading_leaves_the_random_state_alone(path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    checkpoint.load(path)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_silent_gate_means_no_lora(path: Path) -> None:
+    pack = checkpoint.load(path)
+    generated = pack.generate(torch.randn(3, DIM), threshold=0.999)
+    assert not generated.factors.active.any()
+    assert not generated.factors.delta(0).any()
+
+
+def test_only_the_named_concepts_stay_active(path: Path) -> None:
+    pack = checkpoint.load(path).only(["dog"])
+    assert pack.active == (False, True)
+    reading = pack.generate(torch.randn(4, DIM), threshold=0.01).reading
+    assert not reading.fired[:, 0].any()
+    assert pack.fired_names(reading) == ["dog"]
+
+
+def test_a_concept_the_pack_lacks_is_named_with_those_it_has(path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no concept 'bird'.*cat, dog"):
+        checkpoint.load(path).only(["bird"])
+
+
+def test_an_embedding_that_is_not_finite_is_refused(path: Path) -> None:
+    with pytest.raises(ValueError, match="not finite"):
+        checkpoint.load(path).generate(torch.full((1, DIM), float("nan")))
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no pack .*absent\.safetensors.*models/unhype"):
+        checkpoint.load(tmp_path / "absent.safetensors")
+
+
+def test_a_truncated_file(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cut short"):
+        checkpoint.load(path)
+
+
+def test_a_file_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "picture.safetensors"
+    path.write_bytes(b"\x89PNG not at all")
+    with pytest.raises(CheckpointError, match="cannot be read as safetensors"):
+        checkpoint.load(path)
+
+
+def test_an_ordinary_lora(tmp_path: Path) -> None:
+    save_file({"lora_unet_x.lora_up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    with pytest.raises(CheckpointError, match="not an UnHype pack"):
+        checkpoint.load(tmp_path / "lora.safetensors")
+
+
+def test_a_newer_format(path: Path) -> None:
+    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "2"}))
+    with pytest.raises(
+        CheckpointError, match=r"format 2; this pack of nodes reads up to 1\. Update"
+    ):
+        checkpoint.load(path)
+
+
+def change_config(**changes: object) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        metadata[CONFIG_KEY] = json.dumps({**json.loads(metadata[CONFIG_KEY]), **changes})
+
+    return change
+
+
+def test_a_family_from_the_future(path: Path) -> None:
+    rewrite(path, change_config(family="holo"))
+    with pytest.raises(CheckpointError, match="family 'holo'"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"colour": "red"},
+        {"concepts": "cat"},
+        {"gate": {"embedding_dim": "many", "num_concepts": 2}},
+        {"base": {}},
+    ],
+)
+def test_a_description_that_makes_no_sense(path: Path, changes: dict[str, object]) -> None:
+    rewrite(path, change_config(**changes))
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.load(path)
+
+
+def test_a_description_that_contradicts_itself(path: Path) -> None:
+    one = [{"name": "cat", "target": ["cat"], "anchor": "a meadow"}]
+    rewrite(path, change_config(concepts=one))
+    with pytest.raises(CheckpointError, match="2 concepts in its gate, expected 1"):
+        checkpoint.load(path)
+
+
+def test_a_missing_tensor(path: Path) -> None:
+    rewrite(path, lambda tensors, metadata: tensors.pop("hypernetwork.up.1"))
+    with pytest.raises(CheckpointError, match=r"lacks tensor 'up\.1'"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["hypernetwork.up.2", "something"])
+def test_an_extra_tensor(path: Path, name: str) -> None:
+    rewrite(path, lambda tensors, metadata: tensors.update({name: torch.zeros(1)}))
+    with pytest.raises(CheckpointError, match="extra tensor|no UnHype pack has"):
+        checkpoint.load(path)
+
+
+def test_a_tensor_of_another_shape(path: Path) -> None:
+    rewrite(
+        path, lambda tensors, metadata: tensors.update({"hypernetwork.up.0": torch.zeros(7, 2)})
+    )
+    with pytest.raises(CheckpointError, match=r"up\.0 has shape \(7, 2\), expected \(5, 2\)"):
+        checkpoint.load(path)
+
+
+def test_a_tensor_that_is_not_finite(path: Path) -> None:
+    rewrite(path, lambda tensors, metadata: tensors["hypernetwork.up.0"].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match="not finite"):
+        checkpoint.load(path)
+
+
+def test_diverged_weights_are_not_written(tmp_path: Path) -> None:
+    info = make_info()
+    hypernetwork = make_hypernetwork(info.hypernetwork, info.targets)
+    with torch.no_grad():
+        next(hypernetwork.parameters()).fill_(1e9)
+    with pytest.raises(ValueError, match="too large for half precision"):
+        checkpoint.save(tmp_path / "pack.safetensors", info, hypernetwork, Gate(info.gate))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file_whole(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = path.read_bytes()
+
+    def fail(tensors: object, part: Path, metadata: object) -> None:
+        part.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]

@@ -1,0 +1,70 @@
+"""The gate: per-concept decisions, thresholds and switches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unhype.embedding import Standardize
+from unhype.gate import Gate, GateConfig
+
+
+def make_gate() -> Gate:
+    """Fires concept 0 where the first number is positive, concept 1 where the second is."""
+    gate = Gate(GateConfig(embedding_dim=3, num_concepts=2, hidden_dim=4))
+    with torch.no_grad():
+        for parameter in gate.parameters():
+            parameter.zero_()
+        first, last = gate.layers[0], gate.layers[2]
+        first.weight[0, 0] = first.weight[1, 1] = 5.0
+        last.weight[0, 0] = last.weight[1, 1] = 2.0
+        last.bias.fill_(-3.0)
+    return gate
+
+
+CAT, DOG, NEITHER = torch.tensor([[1.0, -1, 0], [-1, 1, 0], [-1, -1, 0]])
+
+
+def test_each_concept_fires_for_itself() -> None:
+    reading = make_gate().read(torch.stack([CAT, DOG, NEITHER]))
+    assert reading.fired.tolist() == [[True, False], [False, True], [False, False]]
+    assert reading.open.tolist() == [True, True, False]
+
+
+def test_a_concept_that_is_switched_off_does_not_fire() -> None:
+    reading = make_gate().read(torch.stack([CAT, DOG]), active=[False, True])
+    assert reading.open.tolist() == [False, True]
+
+
+def test_a_higher_threshold_closes_the_gate() -> None:
+    gate = make_gate()
+    probability = gate.read(CAT[None]).probability[0, 0].item()
+    assert gate.read(CAT[None], threshold=probability - 1e-4).open.item()
+    assert not gate.read(CAT[None], threshold=probability + 1e-6).open.item()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1.0, -0.5, 2.0])
+def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None:
+    with pytest.raises(ValueError, match="probability between 0 and 1"):
+        make_gate().read(CAT[None], threshold=threshold)
+
+
+def test_switches_must_name_every_concept() -> None:
+    with pytest.raises(ValueError, match="each of 2 concepts, got 1"):
+        make_gate().read(CAT[None], active=[True])
+
+
+def test_standardizing_gives_zero_mean_and_unit_variance() -> None:
+    embeddings = torch.randn(500, 3) * torch.tensor([2.0, 3.0, 4.0]) + 10
+    standardize = Standardize(3)
+    standardize.fit(embeddings)
+    result = standardize(embeddings)
+    torch.testing.assert_close(result.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(result.std(0), torch.ones(3), atol=1e-4, rtol=0)
+
+
+def test_a_dimension_that_never_moved_does_not_explode_later() -> None:
+    embeddings = torch.randn(50, 3) * torch.tensor([1.0, 1.0, 0.0])
+    standardize = Standardize(3)
+    standardize.fit(embeddings)
+    assert standardize(torch.ones(1, 3)).abs().max() < 20
