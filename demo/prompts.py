@@ -8,7 +8,6 @@ from enum import Enum
 
 from .world.concepts import Concept, concept_index, load_concepts, load_held_out, siblings_of
 
-ANCHORS = {"landscape": "an empty picture"}
 DEFAULT_ANCHOR = "an empty meadow"
 SEEN_TEMPLATES = ("a {}", "a photo of a {}")
 SCENE_TEMPLATES = ("a {} next to a {}", "a {} and a {}")
@@ -68,7 +67,7 @@ def split_concepts(target: str) -> Split:
     return Split(tuple(others[:middle]), tuple(others[middle:]), siblings)
 
 
-def make_trials(target: str, *, unrelated: int = 24, scenes: int = 12) -> list[Trial]:
+def make_trials(target: str, *, unrelated: int = 16, scenes: int = 8) -> list[Trial]:
     """Every prompt of one run; held-out words and templates come in here and nowhere earlier."""
     split, held_out = split_concepts(target), load_held_out()
     unseen_templates = held_out.templates
@@ -96,7 +95,7 @@ def make_trials(target: str, *, unrelated: int = 24, scenes: int = 12) -> list[T
             Trial(Group.SCENE, SCENE_TEMPLATES[index // 2 % 2].format(*pair), pair, target)
         )
     trials += [Trial(Group.PLAIN, text, ()) for text in PLAIN_PROMPTS]
-    for first, second in zip(split.unseen[:6], split.unseen[6:12], strict=True):
+    for first, second in zip(split.unseen[:4], split.unseen[4:8], strict=True):
         pair = (first.name, second.name)
         trials.append(Trial(Group.PLAIN, SCENE_TEMPLATES[0].format(*pair), pair, first.name))
     return trials

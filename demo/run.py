@@ -20,11 +20,12 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from train.config import ConceptConfig, ConfigError, ObjectiveConfig, TrainConfig, TrajectoryConfig
-from train.run import train
+from train.config import ConceptConfig, ObjectiveConfig, TrainConfig, TrajectoryConfig
+from train.run import Event, TrainingDivergedError, TrainingInterrupted, train
 from unhype import checkpoint
 from unhype.host.locate import REPOSITORY
 
@@ -41,6 +42,14 @@ from .world.expand import CHECKPOINT_NAME, COMPACT, EVALUATOR, expand
 OUT = REPOSITORY / "demo" / "out"
 BASE = OUT / "base"
 FIRST_SEED = 900_000
+KNOWN_ERRORS = (
+    OSError,
+    ServerError,
+    TrainingDivergedError,
+    ValueError,
+    WorkflowError,
+    host.HostUnavailableError,
+)
 VERSIONS = ("torch", "safetensors", "transformers", "accelerate", "kornia", "einops")
 
 
@@ -93,7 +102,7 @@ def train_pack(concept: str, checkpoint_path: Path, console: Console) -> tuple[P
     with make_progress(console) as progress:
         task = progress.add_task(f"training an eraser for {concept!r}", total=None)
 
-        def report(event) -> None:  # noqa: ANN001
+        def report(event: Event) -> None:
             progress.update(task, completed=event.step, total=event.total, description=event.stage)
 
         result = train(config, progress=report)
@@ -277,15 +286,13 @@ def main(
     console = Console()
     try:
         run(concept, console, port=port)
-    except (
-        ConfigError,
-        OSError,
-        ServerError,
-        ValueError,
-        WorkflowError,
-        host.HostUnavailableError,
-    ) as error:
-        console.print(f"[bold red]{error}[/bold red]")
+    except (TrainingInterrupted, KeyboardInterrupt) as error:
+        console.print(
+            str(error) or "Interrupted. Run the same command again; what is finished is kept."
+        )
+        raise typer.Exit(130) from error
+    except KNOWN_ERRORS as error:
+        console.print(f"[bold red]{escape(str(error))}[/bold red]")
         raise typer.Exit(1) from error
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 import yaml
 from pydantic import (
@@ -412,7 +412,7 @@ def _override(data: dict[str, object], override: str) -> tuple[str | int, ...]:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {path}: the value {text!r} is not valid YAML.") from error
     keys: list[str | int] = [int(key) if key.isdigit() else key for key in path.strip().split(".")]
-    place: object = data
+    place: Any = data
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(place, dict) and isinstance(key, str):
@@ -454,13 +454,19 @@ def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
             found = next(((k, v) for k, v in node.value if k.value == key), None)
             if found is None:
                 break
-            line, node = found[0].start_mark.line + 1, found[1]
+            key_node, node = found
+            line = _number(key_node)
         elif isinstance(node, yaml.SequenceNode) and isinstance(key, int) and key < len(node.value):
             node = node.value[key]
-            line = node.start_mark.line + 1
+            line = _number(node)
         else:
             break
     return line
+
+
+def _number(node: yaml.Node | None) -> int | None:
+    """The line a node starts in, from 1."""
+    return node.start_mark.line + 1 if node and node.start_mark else None
 
 
 def _suggest(wrong: str, known: Sequence[str]) -> str:

@@ -151,7 +151,9 @@ class Pack:
         return replace(self, active=tuple(name in names for name in self.info.concept_names))
 
     @torch.no_grad()
-    def generate(self, embedding: Tensor, *, s: float | None = None, threshold: float | None = None) -> Generated:
+    def generate(
+        self, embedding: Tensor, *, s: float | None = None, threshold: float | None = None
+    ) -> Generated:
         """Write the LoRA of each prompt; those for which nothing fires get scale 0.
 
         Args:
@@ -170,7 +172,13 @@ class Pack:
 
     def fired_names(self, reading: Reading, row: int = 0) -> list[str]:
         """Names of the concepts that fired for one prompt."""
-        return [name for name, fired in zip(self.info.concept_names, reading.fired[row].tolist(), strict=True) if fired]
+        return [
+            name
+            for name, fired in zip(
+                self.info.concept_names, reading.fired[row].tolist(), strict=True
+            )
+            if fired
+        ]
 
 
 def save(path: Path, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
@@ -195,7 +203,11 @@ def save(path: Path, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
-        save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, part, metadata)
+        save_file(
+            {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+            part,
+            metadata,
+        )
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -226,10 +238,16 @@ def load(path: Path, device: torch.device | str = "cpu") -> Pack:
     with torch.random.fork_rng(devices=[]):
         hypernetwork, gate = make_hypernetwork(info.hypernetwork, info.targets), Gate(info.gate)
     for prefix, module in ((HYPERNETWORK, hypernetwork), (GATE, gate)):
-        _fill(path, module, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)})
+        _fill(
+            path,
+            module,
+            {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
+        )
     foreign = [name for name in tensors if not name.startswith((HYPERNETWORK, GATE))]
     if foreign:
-        raise CheckpointError(f"{path.name} holds {foreign[0]!r}, which no UnHype pack has. Train or fetch it again.")
+        raise CheckpointError(
+            f"{path.name} holds {foreign[0]!r}, which no UnHype pack has. Train or fetch it again."
+        )
     return Pack(
         info,
         hypernetwork.to(device).eval().requires_grad_(False),
@@ -240,7 +258,9 @@ def load(path: Path, device: torch.device | str = "cpu") -> Pack:
 
 def _open(path: Path) -> safe_open:
     if not path.is_file():
-        raise FileNotFoundError(f"There is no pack {path}. Put packs into ComfyUI's models/unhype, or train one.")
+        raise FileNotFoundError(
+            f"There is no pack {path}. Put packs into ComfyUI's models/unhype, or train one."
+        )
     try:
         return safe_open(path, "pt")
     except (SafetensorError, OSError) as error:
@@ -257,11 +277,15 @@ def _parse(path: Path, metadata: Mapping[str, str]) -> PackInfo:
         )
     version = metadata[FORMAT_KEY]
     if not version.isdigit() or int(version) > FORMAT:
-        raise CheckpointError(f"{path.name} has UnHype format {version}; this pack of nodes reads up to {FORMAT}. Update it.")
+        raise CheckpointError(
+            f"{path.name} has UnHype format {version}; this pack of nodes reads up to {FORMAT}. Update it."
+        )
     try:
         info = from_plain(PackInfo, json.loads(metadata[CONFIG_KEY]))
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"The description inside {path.name} is damaged: {error} Train or fetch it again.") from error
+        raise CheckpointError(
+            f"The description inside {path.name} is damaged: {error} Train or fetch it again."
+        ) from error
     if info.family not in FAMILIES:
         raise CheckpointError(
             f"{path.name} was made for models of family {info.family!r}; this version knows {', '.join(FAMILIES)}. "
@@ -280,12 +304,17 @@ def _check_agreement(path: Path, info: PackInfo) -> None:
         ("inputs of its hypernetwork", info.hypernetwork.embedding_dim, dim),
     ):
         if got != expected:
-            raise CheckpointError(f"{path.name} contradicts itself: {got} {what}, expected {expected}. Fetch it again.")
+            raise CheckpointError(
+                f"{path.name} contradicts itself: {got} {what}, expected {expected}. Fetch it again."
+            )
 
 
 def _fill(path: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) -> None:
     wanted = module.state_dict()
-    for word, names in (("lacks", wanted.keys() - tensors.keys()), ("has an extra", tensors.keys() - wanted.keys())):
+    for word, names in (
+        ("lacks", wanted.keys() - tensors.keys()),
+        ("has an extra", tensors.keys() - wanted.keys()),
+    ):
         if names:
             raise CheckpointError(
                 f"{path.name} {word} tensor {min(names)!r} ({len(names)} in all); it does not fit its own description. "
@@ -297,7 +326,9 @@ def _fill(path: Path, module: torch.nn.Module, tensors: Mapping[str, Tensor]) ->
                 f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(wanted[name].shape)}. Fetch it again."
             )
         if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path.name}: {name} holds values that are not finite. Train or fetch it again.")
+            raise CheckpointError(
+                f"{path.name}: {name} holds values that are not finite. Train or fetch it again."
+            )
     module.load_state_dict(dict(tensors))
 
 
@@ -334,10 +365,9 @@ def from_plain(kind: Any, value: Any) -> Any:
         return tuple(from_plain(get_args(kind)[0], item) for item in value)
     if isinstance(kind, type) and issubclass(kind, Enum):
         return kind(value)
-    if get_origin(kind) is dict:
-        kind = dict
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    plain: Any = get_origin(kind) or kind
+    if plain is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"expected {kind.__name__}, got {value!r}.")
+    if not isinstance(value, plain) or (plain is int and isinstance(value, bool)):
+        raise ValueError(f"expected {plain.__name__}, got {value!r}.")
     return value

@@ -63,7 +63,11 @@ class Gate(nn.Module):
         return self.layers(self.standardize(embedding))
 
     def read(
-        self, embedding: Tensor, *, threshold: float | None = None, active: Sequence[bool] | None = None
+        self,
+        embedding: Tensor,
+        *,
+        threshold: float | None = None,
+        active: Sequence[bool] | None = None,
     ) -> Reading:
         """Decide which concepts fire.
 

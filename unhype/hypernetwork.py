@@ -104,9 +104,12 @@ class AtomsHypernetwork(Hypernetwork):
         nn.init.ones_(self.coefficients.bias)
         # up starts at zero, down and the coefficients do not: no effect at first, yet a gradient.
         self.down = nn.ParameterList(
-            nn.Parameter(torch.randn(rank, t.in_features) / math.sqrt(t.in_features)) for t in self.targets
+            nn.Parameter(torch.randn(rank, t.in_features) / math.sqrt(t.in_features))
+            for t in self.targets
         )
-        self.up = nn.ParameterList(nn.Parameter(torch.zeros(t.out_features, rank)) for t in self.targets)
+        self.up = nn.ParameterList(
+            nn.Parameter(torch.zeros(t.out_features, rank)) for t in self.targets
+        )
 
     def write(self, u: Tensor, w: Tensor) -> LoRAFactors:
         a = self.coefficients(self.trunk(u))
@@ -115,7 +118,8 @@ class AtomsHypernetwork(Hypernetwork):
             self.targets,
             tuple(down.expand(len(u), -1, -1) for down in self.down),
             tuple(
-                einsum(up, a_l, "out rank, batch rank -> batch out rank") for up, a_l in zip(self.up, a, strict=True)
+                einsum(up, a_l, "out rank, batch rank -> batch out rank")
+                for up, a_l in zip(self.up, a, strict=True)
             ),
             w.float(),
         )
@@ -141,7 +145,9 @@ class HeadsHypernetwork(Hypernetwork):
             nn.init.zeros_(last.bias)
         self.alpha = nn.Parameter(torch.full((len(self.targets),), config.scale))
         for index, target in enumerate(self.targets):
-            self.register_buffer(f"initial_{index}", torch.randn(rank, target.in_features) / math.sqrt(rank))
+            self.register_buffer(
+                f"initial_{index}", torch.randn(rank, target.in_features) / math.sqrt(rank)
+            )
 
     def write(self, u: Tensor, w: Tensor) -> LoRAFactors:
         rank, step = self.config.rank, w.float().view(-1, 1, 1)

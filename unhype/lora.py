@@ -142,7 +142,9 @@ class LoRAFactors:
         """The same with the scale multiplied by ``strength``, a number or (batch,)."""
         return replace(self, scale=self.scale * strength)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LoRAFactors:
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> LoRAFactors:
         """The same on another device or in another precision."""
         return replace(
             self,
@@ -164,7 +166,9 @@ class LoRAFactors:
             full[target.start : target.start + target.out_features] = up[row].detach()
             if f"{stem}.{up_name}" in result:  # a second part of the same layer: stack the ranks
                 result[f"{stem}.{up_name}"] = torch.cat([result[f"{stem}.{up_name}"], full], dim=1)
-                result[f"{stem}.{down_name}"] = torch.cat([result[f"{stem}.{down_name}"], down[row].detach()])
+                result[f"{stem}.{down_name}"] = torch.cat(
+                    [result[f"{stem}.{down_name}"], down[row].detach()]
+                )
             else:
                 result[f"{stem}.{up_name}"] = full
                 result[f"{stem}.{down_name}"] = down[row].detach().clone()

@@ -179,7 +179,9 @@ def make_evaluator(folder: Path, art: Tensor, vae: WorldVAE, *, steps: int = 240
 
     def train() -> dict[str, Tensor]:
         torch.manual_seed(0)
-        parts = [labelled(art, vae, rng, 256, decoded=0.5, pairs=0.5) for _ in range(JUDGED_POOL // 256)]
+        parts = [
+            labelled(art, vae, rng, 256, decoded=0.5, pairs=0.5) for _ in range(JUDGED_POOL // 256)
+        ]
         pictures, present, styles = (torch.cat(part) for part in zip(*parts, strict=True))
 
         def sample(count: int) -> tuple[Tensor, Tensor, Tensor]:
