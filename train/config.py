@@ -126,13 +126,13 @@ class GateConfig(BaseModel):
     model_config = STRICT
 
     hidden_dim: Count = 64
-    steps: Count = 400
+    steps: Count = 1000
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: Positive = 2e-3
     weight_decay: Number = 0.05
     num_positives: Annotated[int, Field(ge=10)] = 300
     num_negatives: Annotated[int, Field(ge=10)] = 900
-    noise: Number = 0.2
+    noise: Number = 1.0
     virtual_negatives: OpenShare = 0.0
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.01

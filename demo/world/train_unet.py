@@ -38,7 +38,7 @@ class UNetTraining:
     batch: int = 64
     lr: float = 8e-4
     caption_dropout: float = 0.1
-    word_noise: float = 0.6
+    word_noise: float = 0.4
     ema: float = 0.999
     save_every: int = 250
     compile: bool = False
@@ -120,7 +120,7 @@ def train_unet(
             break
         rate = 0.5 * (1 + math.cos(math.pi * seconds / total))
         for group in optimizer.param_groups:
-            group["lr"] = training.lr * max(rate, 0.01) * min(1.0, (step - warmup_from + 1) / 200)
+            group["lr"] = training.lr * max(rate, 0.01) * min(1.0, (step - warmup_from + 1) / 100)
         chosen = rng.integers(len(pool.scenes), size=training.batch)
         captions = [
             ""
