@@ -220,6 +220,24 @@ def check_evaluator(
     return figures
 
 
+def unpack(folder: Path) -> None:
+    """Lay out the committed weights as if they had just been trained here; the denoiser's clock starts anew."""
+    unet, _, vae, text = expand.read_compact(expand.COMPACT)
+    evaluator = {name: value.float() for name, value in load_file(expand.EVALUATOR).items()}
+    parts = {
+        "unet": unet,
+        "unet_last": unet,
+        "vae": vae,
+        "text": text.state_dict(),
+        "evaluator": evaluator,
+    }
+    for name, tensors in parts.items():
+        path = folder / f"{name}.safetensors"
+        path.unlink(missing_ok=True)
+        kept(path, lambda tensors=tensors: tensors)
+    (folder / "unet.json").write_text(json.dumps({"step": 0, "seconds": 0.0}))
+
+
 def main(
     minutes: Annotated[
         float, typer.Option(help="Minutes of denoiser training (each process).")
@@ -227,6 +245,12 @@ def main(
     processes: Annotated[int, typer.Option(help="Processes sharing the denoiser's batch.")] = 2,
     compile_unet: Annotated[
         bool, typer.Option("--compile", help="Compile the denoiser (needs a C++ compiler).")
+    ] = False,
+    further: Annotated[
+        bool,
+        typer.Option(
+            "--further", help="Start from the committed weights and train the denoiser further."
+        ),
     ] = False,
     unet_only: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
@@ -236,6 +260,8 @@ def main(
     vision.declare_when_imported()
     folder = cache_dir() / "world"
     folder.mkdir(parents=True, exist_ok=True)
+    if further:
+        unpack(folder)
     art = kept(folder / "art.safetensors", lambda: {"art": rasterise(fetch_art(folder / "art"))})[
         "art"
     ]
