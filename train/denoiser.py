@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from unhype.checkpoint import BaseFingerprint
@@ -24,6 +25,9 @@ class DenoiserLike(Protocol):
 
     @property
     def fingerprint(self) -> BaseFingerprint: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def embed(self, texts: Sequence[str]) -> TextBatch: ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,6 +15,8 @@ from unhype.hypernetwork import Hypernetwork
 from .config import ObjectiveConfig, ObjectiveName
 from .denoiser import DenoiserLike
 from .trajectories import Batch, Pool, draw
+
+MEASURED_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Objective(Protocol):
 
     def backward(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
         """Add the gradient of one step to the hypernetwork; return named values, ``loss`` among them."""
+        ...
+
+    def measure(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+        """Figures of the finished network, for the pack."""
         ...
 
 
@@ -80,6 +87,19 @@ class Direct:
             + self.config.function_retention * values.get("change", 0.0)
         )
         return {"loss": loss, **values}
+
+    @torch.no_grad()
+    def measure(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+        """The erase loss at s = S over some batches, and what it is without LoRA."""
+        full = torch.full((batch_size,), float(self.hypernetwork.config.num_steps))
+        losses = []
+        for _ in range(MEASURED_BATCHES):
+            batch = draw(self.material.forget, batch_size, generator)
+            target = dial(batch, torch.ones_like(batch.sigmas), self.config.negative_guidance)
+            plain = torch.nn.functional.mse_loss(batch.prediction, target)
+            losses.append((float(self._regression(batch, full)), float(plain)))
+        erase, without = (statistics.fmean(values) for values in zip(*losses, strict=True))
+        return {"erase_loss": erase, "erase_loss_without": without}
 
     def _positions(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """s, one a sample: S for a share of them, else uniform in [0, S)."""

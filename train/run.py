@@ -4,48 +4,55 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import random
-import signal
-import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from accelerate import PartialState
+from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import ConceptInfo, PackInfo
 from unhype.gate import Gate
 from unhype.host.denoise import Denoiser
+from unhype.host.locate import has_accelerator
 from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
 
 from . import state
-from .config import ConfigError, OptimizerConfig, TrainConfig
+from .config import ConfigError, TrainConfig
 from .denoiser import DenoiserLike
 from .gate import GateMaterial, gather, train_gate
-from .objectives import Material, Objective, make_objective
+from .loop import (
+    STAGE,
+    Event,
+    Report,
+    Setting,
+    TrainingDivergedError,
+    TrainingInterrupted,
+    run_loop,
+    stop_requests,
+)
+from .objectives import Material, make_objective
 from .prompts import forget_prompts, retain_prompts, split_vocabulary
 from .trajectories import Pool, collect
 
-RECENT = 20
-"""Steps whose mean loss is recorded as the final one."""
+__all__ = ["Event", "Result", "TrainingDivergedError", "TrainingInterrupted", "train"]
 
-
-@dataclass(frozen=True)
-class Event:
-    """Progress: ``step`` of ``total`` in a stage, and the values of a training step."""
-
-    stage: str
-    step: int
-    total: int
-    values: Mapping[str, float] = field(default_factory=dict)
+EMBEDDED_AT_ONCE = 256
+POOL_SETTINGS = {
+    "concepts": True,
+    "retain": True,
+    "retain_captions": True,
+    "templates": True,
+    "seed": True,
+    "trajectories": True,
+    "gate": {"held_back": True},
+}
+"""What the trajectories depend on."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +64,6 @@ class Result:
     metrics: Mapping[str, float]
 
 
-class TrainingInterrupted(Exception):  # noqa: N818  (not an error: the run can go on)
-    """The run was asked to stop and has written its state."""
-
-
-class TrainingDivergedError(RuntimeError):
-    """The loss is not a finite number any more."""
-
-
-Report = Callable[[Event], None]
-
-
 def train(
     config: TrainConfig,
     *,
@@ -77,7 +73,8 @@ def train(
 ) -> Result:
     """Train a pack and write it to ``config.output``.
 
-    An interrupted run leaves its state beside the output, and the same config goes on from there.
+    An interrupted run leaves its state beside the output, and the same config goes on from there. Under
+    ``accelerate launch`` the processes share the trajectories, and each step averages their batches.
 
     Args:
         progress: told of every step of every stage.
@@ -85,31 +82,45 @@ def train(
         denoiser: the frozen model, if it is not to be loaded from ``config.checkpoint``.
 
     Raises:
-        TrainingInterrupted: SIGINT or SIGTERM came while the hypernetwork trained.
+        TrainingInterrupted: SIGINT or SIGTERM came.
         TrainingDivergedError: the loss is no finite number.
     """
-    report = progress or (lambda event: None)
     begin = time.monotonic()
     _check_writable(config.output)
-    report(Event("loading the model", 0, 1))
-    denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui)
-    report(Event("loading the model", 1, 1))
+    # Gives each process its own device; before the model is loaded.
+    processes = PartialState(cpu=not has_accelerator())
+    with stop_requests() as stop:
 
-    material = gather(config, _embedder(denoiser, report))
-    gate, calibration = train_gate(config, material, _ticker(report, "training the gate"))
-    hypernetwork = _new_hypernetwork(config, denoiser, material)
-    pools = _pools(config, denoiser, report)
-    objective = make_objective(
-        config.objective,
-        hypernetwork=hypernetwork,
-        denoiser=denoiser,
-        material=Material(*pools, retain_embeddings=material.negatives.to(_device(hypernetwork))),
-    )
-    losses = run_loop(config, hypernetwork, objective, report)
+        def report(event: Event) -> None:
+            if progress is not None and processes.is_main_process:
+                progress(event)
+            if stop.is_set() and event.stage != STAGE:
+                raise TrainingInterrupted(
+                    f"Interrupted while {event.stage}, before training began. Run the same command to start again."
+                )
 
+        report(Event("loading the model", 0, 1))
+        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui)
+        report(Event("loading the model", 1, 1))
+        key = f"{config.digest()}/{denoiser.fingerprint.digest}"
+        setting = Setting(key, processes, report, stop)
+
+        material = gather(config, _embedder(denoiser, report))
+        gate, calibration = train_gate(config, material, _ticker(report, "training the gate"))
+        hypernetwork = _new_hypernetwork(config, denoiser, material)
+        forget, retain = _pools(config, denoiser, setting)
+        objective = make_objective(
+            config.objective,
+            hypernetwork=hypernetwork,
+            denoiser=denoiser,
+            material=Material(forget, retain, material.negatives.to(denoiser.device)),
+        )
+        run_loop(config, setting, hypernetwork, objective)
+
+    measured = torch.Generator().manual_seed(config.seed)
     metrics = {
-        **{f"final_{name}": value for name, value in losses.items()},
-        **_norms(hypernetwork, gate, material),
+        **objective.measure(config.train.batch_size, measured),
+        **_norms(hypernetwork, material),
     }
     info = PackInfo(
         family=denoiser.family.name,
@@ -125,152 +136,79 @@ def train(
         version=metadata.version("unhype"),
         license=config.license,
     )
-    checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
-    state.state_path(config.output).unlink(missing_ok=True)
+    if processes.is_main_process:
+        _finish(config, info, hypernetwork, gate)
     if not config.trajectories.keep:
-        state.pool_path(config.output).unlink(missing_ok=True)
+        state.pool_path(config.output, processes.process_index).unlink(missing_ok=True)
+    processes.wait_for_everyone()
     return Result(config.output, time.monotonic() - begin, metrics)
 
 
-def run_loop(
-    config: TrainConfig, hypernetwork: Hypernetwork, objective: Objective, report: Report
-) -> dict[str, float]:
-    """Train the hypernetwork in place; the mean values of the last steps."""
-    settings = config.train
-    optimizer = torch.optim.AdamW(
-        hypernetwork.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
-    )
-    schedule = _schedule(settings)
-    generator = torch.Generator().manual_seed(config.seed)
-    averaged = AveragedModel(hypernetwork, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-    modules: dict[str, nn.Module] = {"hypernetwork": hypernetwork, "averaged": averaged}
-    path, digest = state.state_path(config.output), config.digest()
-    start = state.load_state(
-        path, digest=digest, modules=modules, optimizer=optimizer, generator=generator
-    )
-    recent: list[Mapping[str, float]] = []
+def _finish(config: TrainConfig, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
+    """Write the pack, then drop the state: whatever happens in between, one of the two is whole."""
+    checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
+    state.state_path(config.output).unlink(missing_ok=True)
 
-    def save(step: int) -> None:
-        states = {name: module.state_dict() for name, module in modules.items()}
-        state.save_state(
-            path, digest=digest, step=step, modules=states, optimizer=optimizer, generator=generator
+
+def _pools(
+    config: TrainConfig, denoiser: DenoiserLike, setting: Setting
+) -> tuple[Pool, Pool | None]:
+    """This process's states for forget prompts and, if wanted, for retain prompts; from the disk where they are kept."""
+    settings, processes = config.trajectories, setting.processes
+    index, num = processes.process_index, processes.num_processes
+    if min(settings.rollouts, settings.retain_rollouts or settings.rollouts) < num:
+        raise ConfigError(
+            f"trajectories.rollouts and retain_rollouts must give each of {num} processes at least one, "
+            f"got {settings.rollouts} and {settings.retain_rollouts}."
         )
-
-    with _stop_requests() as stop:
-        for step in range(start, settings.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = schedule(step)
-            optimizer.zero_grad()
-            values = objective.backward(settings.batch_size, generator)
-            if not math.isfinite(values["loss"]):
-                raise TrainingDivergedError(
-                    f"The loss is {values['loss']} at step {step + 1}. Lower train.lr (now {settings.lr}) or "
-                    f"objective.negative_guidance; the state of an earlier step is in {path}, delete it to start afresh."
-                )
-            nn.utils.clip_grad_norm_(hypernetwork.parameters(), settings.clip)
-            optimizer.step()
-            averaged.update_parameters(hypernetwork)
-            recent = [*recent[1 - RECENT :], values]
-            report(Event("training the hypernetwork", step + 1, settings.steps, values))
-            done = step + 1 == settings.steps
-            if stop.is_set() and not done:
-                save(step + 1)
-                raise TrainingInterrupted(
-                    f"Interrupted at step {step + 1} of {settings.steps}. Run the same command again to go on."
-                )
-            if not done and (step + 1) % settings.save_every == 0:
-                save(step + 1)
-    if settings.ema:
-        hypernetwork.load_state_dict(averaged.module.state_dict())
-    names = recent[-1].keys() if recent else ()
-    return {name: statistics.fmean(values[name] for values in recent) for name in names}
-
-
-def _schedule(settings: OptimizerConfig) -> Callable[[int], float]:
-    """Learning rate by step: linear warmup, then cosine down to ``final_lr`` of it."""
-
-    def at(step: int) -> float:
-        if step < settings.warmup:
-            return settings.lr * (step + 1) / settings.warmup
-        share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * share))
-        return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
-
-    return at
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set inside the block, so that a step is never cut in two."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _pools(config: TrainConfig, denoiser: DenoiserLike, report: Report) -> tuple[Pool, Pool | None]:
-    """States for the forget prompts and, if wanted, for retain prompts; from the disk where they are kept."""
-    path, digest = state.pool_path(config.output), _pool_digest(config)
-    settings = config.trajectories
-    if path.exists():
-        tensors, found = state.read(path)
-        if found.get(state.DIGEST) == digest:
-            forget, retain = (
-                {
-                    name.removeprefix(prefix): t
-                    for name, t in tensors.items()
-                    if name.startswith(prefix)
-                }
-                for prefix in ("forget/", "retain/")
-            )
-            return _pool(forget, denoiser), _pool(retain, denoiser) if retain else None
+    path = state.pool_path(config.output, index)
+    key = f"{_pool_digest(config)}/{denoiser.fingerprint.digest}/{index}/{num}"
+    if kept := _kept_pools(path, key, denoiser.device):
+        return kept
     rng = random.Random(f"unhype pool {config.seed}")
     prompts = [(p.text, p.anchor) for p in forget_prompts(config, settings.rollouts, rng=rng)]
-    tick = _ticker(report, "collecting trajectories")
-    forget = collect(denoiser, prompts, settings, seed=config.seed, tick=tick)
-    retain = None
-    if settings.retain_rollouts:
-        words, _ = split_vocabulary(config, rng=rng)
-        kept = retain_prompts(config, words, settings.retain_rollouts, rng=rng)
-        tick = _ticker(report, "collecting trajectories to keep")
-        retain = collect(
-            denoiser, [(p, p) for p in kept], settings, seed=config.seed + 1, tick=tick
-        )
+    words, _ = split_vocabulary(config, rng=rng)
+    others = retain_prompts(config, words, settings.retain_rollouts, rng=rng)
+
+    def roll_out(name: str, pairs: list[tuple[str, str]], seed: int) -> Pool:
+        tick = _ticker(setting.report, f"collecting trajectories{name}")
+        return collect(denoiser, pairs[index::num], settings, seed=seed, tick=tick)
+
+    seed = config.seed + 2 * index
+    forget = roll_out("", prompts, seed)
+    retain = roll_out(" to keep", [(p, p) for p in others], seed + 1) if others else None
     tensors = {f"forget/{name}": value for name, value in forget.tensors().items()}
     if retain is not None:
         tensors |= {f"retain/{name}": value for name, value in retain.tensors().items()}
-    state.write(path, tensors, {state.DIGEST: digest})
+    state.write(path, tensors, {state.KEY: key})
     return forget, retain
 
 
-def _pool(tensors: dict[str, Tensor], denoiser: DenoiserLike) -> Pool:
-    """The tensors of a pool, back on the model's device."""
-    device = denoiser.embed([""]).cross.device
-    return Pool(**{n: t if n == "prompt" else t.to(device) for n, t in tensors.items()})
+def _kept_pools(path: Path, key: str, device: torch.device) -> tuple[Pool, Pool | None] | None:
+    """The pools that a run with this key wrote, if it did."""
+    if not path.exists():
+        return None
+    tensors, found = state.read(path)
+    if found.get(state.KEY) != key:
+        return None
+
+    def pool(prefix: str) -> Pool | None:
+        parts = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix)
+        }
+        moved = {name: t if name == "prompt" else t.to(device) for name, t in parts.items()}
+        return Pool(**moved) if moved else None
+
+    forget = pool("forget/")
+    return (forget, pool("retain/")) if forget is not None else None
 
 
 def _pool_digest(config: TrainConfig) -> str:
     """Hash of every setting that the trajectories depend on."""
-    kept = config.model_dump(
-        mode="json",
-        include={
-            "checkpoint",
-            "concepts",
-            "retain",
-            "retain_captions",
-            "templates",
-            "seed",
-            "trajectories",
-        },
-    )
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    settings = config.model_dump(mode="json", include=POOL_SETTINGS)
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _new_hypernetwork(
@@ -288,29 +226,31 @@ def _new_hypernetwork(
         torch.manual_seed(config.seed)
         hypernetwork = make_hypernetwork(sizes, denoiser.targets)
     hypernetwork.standardize.fit(torch.cat([material.positives, material.negatives]))
-    return hypernetwork.to(denoiser.embed([""]).pooled.device)
+    return hypernetwork.to(denoiser.device)
 
 
 @torch.no_grad()
-def _norms(hypernetwork: Hypernetwork, gate: Gate, material: GateMaterial) -> dict[str, float]:
-    """Mean |dW| before the gate, for held-back target prompts and for held-back retain prompts."""
-    device = _device(hypernetwork)
-    return {
-        f"lora_norm_{name}": hypernetwork.generate(embeddings.to(device))
-        .squared_norm()
-        .sqrt()
-        .mean()
-        .item()
-        for name, embeddings in (
-            ("target", material.held_positives),
-            ("retain", material.held_negatives),
-        )
+def _norms(hypernetwork: Hypernetwork, material: GateMaterial) -> dict[str, float]:
+    """Mean |dW| of target prompts, retain prompts, and retain prompts of words that training never saw; gate aside."""
+    device = next(hypernetwork.parameters()).device
+    groups = {
+        "target": material.held_positives,
+        "retain": material.negatives[: 2 * len(material.held_negatives)],
+        "retain_held_back": material.held_negatives,
     }
+    norms = {}
+    for name, embeddings in groups.items():
+        squared = [
+            hypernetwork.generate(part.to(device)).squared_norm()
+            for part in embeddings.split(EMBEDDED_AT_ONCE)
+        ]
+        norms[f"lora_norm_{name}"] = torch.cat(squared).sqrt().mean().item()
+    return norms
 
 
 def _embedder(denoiser: DenoiserLike, report: Report) -> Callable[[list[str]], Tensor]:
     """Pooled embeddings with progress."""
-    tick, size = _ticker(report, "reading prompts"), 256
+    tick, size = _ticker(report, "reading prompts"), EMBEDDED_AT_ONCE
 
     def embed(texts: list[str]) -> Tensor:
         parts = []
@@ -326,17 +266,13 @@ def _ticker(report: Report, stage: str) -> Callable[[int, int], None]:
     return lambda step, total: report(Event(stage, step, total))
 
 
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
 def _check_writable(output: Path) -> None:
     """Refuse before the work, not after it."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         probe = output.with_name(output.name + ".part")
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise ConfigError(
             f"{output} cannot be written ({error.strerror}). Give an output in a folder that you may write to."

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import ConfigError
 
-DIGEST, STEP = "unhype.digest", "unhype.step"
+KEY, STEP, GROUPS = "unhype.run", "unhype.step", "unhype.groups"
 
 
 def state_path(output: Path) -> Path:
@@ -21,12 +22,12 @@ def state_path(output: Path) -> Path:
     return output.with_suffix(".state.safetensors")
 
 
-def pool_path(output: Path) -> Path:
-    """Where its states z_t and predictions are kept."""
-    return output.with_suffix(".pool.safetensors")
+def pool_path(output: Path, process: int = 0) -> Path:
+    """Where a process of it keeps states z_t and predictions."""
+    return output.with_suffix(f".pool{process or ''}.safetensors")
 
 
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file that appears under its name only when whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
@@ -59,60 +60,54 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def save_state(
     path: Path,
     *,
-    digest: str,
+    key: str,
     step: int,
-    modules: dict[str, dict[str, Tensor]],
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
 ) -> None:
-    """Everything the loop needs to go on as if it had never stopped."""
+    """Write all that the loop needs to go on as if it had never stopped."""
     tensors = {
-        f"{part}/{name}": value for part, state in modules.items() for name, value in state.items()
+        f"{part}/{name}": value
+        for part, module in modules.items()
+        for name, value in module.state_dict().items()
     }
-    raw = optimizer.state_dict()
-    for index, entry in raw["state"].items():
+    state = optimizer.state_dict()
+    for index, entry in state["state"].items():
         for name, value in entry.items():
             tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    tensors["generator"] = generator.get_state()
-    write(
-        path, tensors, {DIGEST: digest, STEP: str(step), "groups": json.dumps(raw["param_groups"])}
-    )
+    write(path, tensors, {KEY: key, STEP: str(step), GROUPS: json.dumps(state["param_groups"])})
 
 
 def load_state(
     path: Path,
     *,
-    digest: str,
-    modules: dict[str, torch.nn.Module],
+    key: str,
+    modules: Mapping[str, nn.Module],
     optimizer: torch.optim.Optimizer,
-    generator: torch.Generator,
 ) -> int:
     """Continue from ``path``; the step to go on with, 0 if there is no state.
 
     Raises:
-        ConfigError: the state is damaged, or of a run with other settings.
+        ConfigError: the state is damaged, or of another run.
     """
     if not path.exists():
         return 0
     tensors, metadata = read(path)
-    if metadata.get(DIGEST) != digest:
+    if metadata.get(KEY) != key:
         raise ConfigError(
-            f"{path} belongs to an unfinished run with other settings. Delete it to start afresh, "
+            f"{path} belongs to an unfinished run with other settings or another model. Delete it to start afresh, "
             "give another output, or go back to those settings to finish it."
         )
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     parts: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
-    for key, value in tensors.items():
-        part, _, name = key.partition("/")
-        if part == "optimizer":
-            index, _, entry = name.partition("/")
-            optimizer_state.setdefault(int(index), {})[entry] = value
-        elif part in parts:
-            parts[part][name] = value
+    for name, value in tensors.items():
+        part, _, rest = name.partition("/")
+        if part in parts:
+            parts[part][rest] = value
+        else:
+            index, _, entry = rest.partition("/")
+            moments.setdefault(int(index), {})[entry] = value
     for name, module in modules.items():
         module.load_state_dict(parts[name])
-    optimizer.load_state_dict(
-        {"state": optimizer_state, "param_groups": json.loads(metadata["groups"])}
-    )
-    generator.set_state(tensors["generator"])
+    optimizer.load_state_dict({"state": moments, "param_groups": json.loads(metadata[GROUPS])})
     return int(metadata[STEP])

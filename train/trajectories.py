@@ -105,10 +105,11 @@ def collect(
                 )
             parts.append((index, latents, sigma, prediction, twin))
         tick(int(index[-1]) + 1, len(prompts))
+    # Contiguous, as they come back from disk: sums over another memory order differ in the last bit.
     prompt, latents, sigmas, prediction, twin = (
-        torch.cat(part) for part in zip(*parts, strict=True)
+        torch.cat(part).contiguous() for part in zip(*parts, strict=True)
     )
-    return Pool(texts.cross, texts.pooled, prompt, latents, sigmas, prediction, twin.clone())
+    return Pool(texts.cross, texts.pooled, prompt, latents, sigmas, prediction, twin)
 
 
 def embed_in_batches(

@@ -80,6 +80,7 @@ class TinyDenoiser:
             self.model = TinyModel().requires_grad_(False)
         self.family: FamilySpec = FAMILY
         self.targets: tuple[TargetModule, ...] = find_targets(self.model, FAMILY.targets)
+        self.device = torch.device("cpu")
         self.sites = find_sites(self.model, self.targets)
         self.fingerprint = BaseFingerprint("tiny", "0")
 
@@ -136,10 +137,14 @@ def denoiser() -> TinyDenoiser:
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, object]:
+    return small_data(tmp_path)
+
+
+def small_data(folder: Path) -> dict[str, object]:
     """A small config as plain data."""
     return {
         "checkpoint": "tiny.safetensors",
-        "output": str(tmp_path / "pack.safetensors"),
+        "output": str(folder / "pack.safetensors"),
         "concepts": [{"name": "cat", "target": ["cat", "kitty"], "anchor": "an empty meadow"}],
         "retain": [
             "dog",

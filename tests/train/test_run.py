@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +14,10 @@ import torch
 
 from train import state
 from train.config import ConfigError, TrainConfig
+from train.loop import STAGE
 from train.run import Event, TrainingDivergedError, TrainingInterrupted, train
 from unhype import checkpoint
+from unhype.checkpoint import BaseFingerprint
 
 from .conftest import TinyDenoiser
 
@@ -24,11 +28,11 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return state.read(path)[0]
 
 
-def stop_at(step: int) -> Callable[[Event], None]:
-    """A reporter that interrupts this process at a training step, as Ctrl-C does."""
+def stop_at(step: int, stage: str = STAGE) -> Callable[[Event], None]:
+    """A reporter that interrupts this process at a step of a stage, as Ctrl-C does."""
 
     def report(event: Event) -> None:
-        if event.stage == "training the hypernetwork" and event.step == step:
+        if event.stage == stage and event.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
     return report
@@ -43,7 +47,9 @@ def test_a_run_ends_in_a_pack_that_says_everything(make: Make, denoiser: TinyDen
     assert pack.info.targets == denoiser.targets
     assert pack.info.training == config.plain()
     assert pack.info.training_digest == config.digest()
-    assert pack.info.metrics["final_loss"] == result.metrics["final_loss"]
+    assert pack.info.metrics == result.metrics
+    assert pack.info.calibration is not None
+    assert pack.info.version
     assert list(dict.fromkeys(stages)) == [
         "loading the model",
         "reading prompts",
@@ -63,6 +69,22 @@ def test_training_lowers_the_erase_loss(make: Make, denoiser: TinyDenoiser) -> N
         progress=lambda e: losses.append(e.values["erase"]) if e.values else None,
     )
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+def test_a_packs_lora_lowers_the_erase_loss(make: Make, denoiser: TinyDenoiser) -> None:
+    config = make("train.steps=150", "train.lr=1e-2", "objective.weight_retention=1e-5")
+    pack = checkpoint.load(train(config, denoiser=denoiser).path)
+    metrics = pack.info.metrics
+    assert metrics["erase_loss"] < 0.5 * metrics["erase_loss_without"]
+    text, anchor = (denoiser.embed([t]) for t in ("a cat", "an empty meadow"))
+    x, sigma = (
+        5 * torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)),
+        torch.ones(1) * 5,
+    )
+    plain, replaced = (denoiser.predict(x, sigma, batch, None) for batch in (text, anchor))
+    wanted = replaced + config.objective.negative_guidance * (replaced - plain)
+    adapted = denoiser.predict(x, sigma, text, pack.generate(text.pooled).factors)
+    assert (adapted - wanted).square().mean() < 0.75 * (plain - wanted).square().mean()
 
 
 def test_the_gate_fires_for_the_target_and_not_for_others(
@@ -88,7 +110,8 @@ def test_the_same_config_writes_the_same_pack(
 def test_a_resumed_run_equals_an_unbroken_one(
     make: Make, denoiser: TinyDenoiser, tmp_path: Path, ema: float
 ) -> None:
-    whole = tensors_of(train(make(f"train.ema={ema}"), denoiser=denoiser).path)
+    unbroken = train(make(f"train.ema={ema}"), denoiser=denoiser)
+    whole, metrics = tensors_of(unbroken.path), unbroken.metrics
     config = make(f"output={tmp_path / 'broken.safetensors'}", f"train.ema={ema}")
     with pytest.raises(TrainingInterrupted, match=r"step 7 of 12.*same command again"):
         train(config, denoiser=denoiser, progress=stop_at(7))
@@ -96,6 +119,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
     steps: list[int] = []
     train(config, denoiser=denoiser, progress=lambda e: steps.append(e.step) if e.values else None)
     assert steps[0] == 8
+    assert checkpoint.read_info(config.output).metrics == metrics
     resumed = tensors_of(config.output)
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
@@ -117,8 +141,59 @@ def test_a_kill_leaves_the_last_whole_state(make: Make, denoiser: TinyDenoiser) 
 def test_a_state_of_other_settings_is_not_continued(make: Make, denoiser: TinyDenoiser) -> None:
     with pytest.raises(TrainingInterrupted):
         train(make(), denoiser=denoiser, progress=stop_at(3))
-    with pytest.raises(ConfigError, match="unfinished run with other settings. Delete it"):
+    with pytest.raises(
+        ConfigError, match="unfinished run with other settings or another model. Delete"
+    ):
         train(make("train.lr=1e-4"), denoiser=denoiser)
+
+
+def test_a_state_of_another_model_is_not_continued(make: Make, denoiser: TinyDenoiser) -> None:
+    with pytest.raises(TrainingInterrupted):
+        train(make(), denoiser=denoiser, progress=stop_at(3))
+    denoiser.fingerprint = BaseFingerprint("tiny", "1")
+    with pytest.raises(ConfigError, match="or another model. Delete"):
+        train(make(), denoiser=denoiser)
+
+
+def test_an_interrupt_before_training_keeps_nothing(make: Make, denoiser: TinyDenoiser) -> None:
+    config = make()
+    with pytest.raises(TrainingInterrupted, match="while training the gate, before training began"):
+        train(config, denoiser=denoiser, progress=stop_at(5, "training the gate"))
+    assert not list(config.output.parent.iterdir())
+
+
+def test_a_second_interrupt_ends_at_once(make: Make, denoiser: TinyDenoiser) -> None:
+    def impatient(event: Event) -> None:
+        if event.stage == STAGE and event.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(make(), denoiser=denoiser, progress=impatient)
+
+
+def test_a_run_gives_the_signals_back(make: Make, denoiser: TinyDenoiser) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    train(make(), denoiser=denoiser)
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_a_save_that_fails_leaves_the_state_before_it(
+    make: Make, denoiser: TinyDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, save_file = make(), state.save_file
+
+    def full(tensors: dict, path: Path, metadata: dict) -> None:
+        if metadata.get(state.STEP) == "10":
+            path.write_bytes(b"half")
+            raise OSError("no space left")
+        save_file(tensors, path, metadata)
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match="no space left"):
+        train(config, denoiser=denoiser)
+    assert state.read(state.state_path(config.output))[1][state.STEP] == "5"
+    assert not list(config.output.parent.glob("*.part"))
 
 
 def test_a_damaged_state_is_named(make: Make, denoiser: TinyDenoiser) -> None:
@@ -161,3 +236,17 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         train(make(f"output={tmp_path / 'file' / 'pack.safetensors'}"), denoiser=None)
+
+
+def test_two_processes_stop_together_and_resume_exactly(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("two_processes.py")
+    launch = ["-P", "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launch, str(script), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"whole.safetensors", "broken.safetensors", "stopped0", "stopped1"}

@@ -1,0 +1,177 @@
+"""The training loop: flat, resumable, and the same in one process and in several."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from unhype.hypernetwork import Hypernetwork
+
+from . import state
+from .config import OptimizerConfig, TrainConfig
+from .objectives import Objective
+
+STAGE = "training the hypernetwork"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Progress: ``step`` of ``total`` in a stage, and the values of a training step."""
+
+    stage: str
+    step: int
+    total: int
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+class TrainingInterrupted(Exception):  # noqa: N818  (not an error: the run can go on)
+    """The run was asked to stop."""
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss is not a finite number any more."""
+
+
+Report = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run happens in.
+
+    Attributes:
+        key: of the run; a state with another key is not continued.
+        processes: this process among those that share the work.
+        stop: set when the run is asked to stop.
+    """
+
+    key: str
+    processes: PartialState
+    report: Report
+    stop: threading.Event
+
+
+def run_loop(
+    config: TrainConfig, setting: Setting, hypernetwork: Hypernetwork, objective: Objective
+) -> None:
+    """Train the hypernetwork in place, from the saved state if there is one.
+
+    The randomness of a step depends on the seed, the step and the process alone, so a resumed run equals an unbroken one.
+
+    Raises:
+        TrainingInterrupted: ``setting.stop`` was set; the state is saved.
+        TrainingDivergedError: the loss is no finite number.
+    """
+    settings, processes = config.train, setting.processes
+    parameters = list(hypernetwork.parameters())
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=settings.lr,
+        weight_decay=settings.weight_decay,
+        fused=parameters[0].is_cuda,
+    )
+    schedule = _schedule(settings)
+    modules: dict[str, nn.Module] = {"hypernetwork": hypernetwork}
+    averaged = None
+    if settings.ema:
+        averaged = AveragedModel(hypernetwork, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        modules["averaged"] = averaged
+    path = state.state_path(config.output)
+    start = state.load_state(path, key=setting.key, modules=modules, optimizer=optimizer)
+
+    for step in range(start, settings.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step)
+        optimizer.zero_grad()
+        generator = _generator(config.seed, step, processes.process_index)
+        values = objective.backward(settings.batch_size, generator)
+        if not math.isfinite(values["loss"]):
+            raise TrainingDivergedError(
+                f"The loss is {values['loss']} at step {step + 1}. Lower train.lr (now {settings.lr}) or "
+                f"objective.negative_guidance, and delete {path} if it is there: it holds a state of this run."
+            )
+        _average_gradients(parameters, processes)
+        nn.utils.clip_grad_norm_(parameters, settings.clip)
+        optimizer.step()
+        if averaged is not None:
+            averaged.update_parameters(hypernetwork)
+        done = step + 1
+        setting.report(Event(STAGE, done, settings.steps, values))
+        stopped = _anyone(setting.stop.is_set(), processes) and done < settings.steps
+        if processes.is_main_process and (
+            stopped or (done % settings.save_every == 0 and done < settings.steps)
+        ):
+            state.save_state(path, key=setting.key, step=done, modules=modules, optimizer=optimizer)
+        if stopped:
+            raise TrainingInterrupted(
+                f"Interrupted at step {done} of {settings.steps}. Run the same command again to go on."
+            )
+    if averaged is not None:
+        hypernetwork.load_state_dict(averaged.module.state_dict())
+
+
+@contextmanager
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets, so that a step is never cut in two; a second one ends at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(*_: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _schedule(settings: OptimizerConfig) -> Callable[[int], float]:
+    """Learning rate by step: linear warmup, then cosine down to ``final_lr`` of it."""
+
+    def at(step: int) -> float:
+        if step < settings.warmup:
+            return settings.lr * (step + 1) / settings.warmup
+        share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+        cosine = 0.5 * (1 + math.cos(math.pi * share))
+        return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
+
+    return at
+
+
+def _generator(seed: int, step: int, process: int) -> torch.Generator:
+    # By name, not by sum: the CPU generator reads 32 bits, and neighboring runs must not share draws.
+    drawn = random.Random(f"unhype step {seed} {step} {process}").getrandbits(32)
+    return torch.Generator().manual_seed(drawn)
+
+
+def _average_gradients(parameters: list[nn.Parameter], processes: PartialState) -> None:
+    """Give every process the mean of all processes' gradients."""
+    if processes.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = reduce(parameter.grad, reduction="mean")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _anyone(yes: bool, processes: PartialState) -> bool:
+    """Whether one of the processes says yes; they must agree, or the others would wait for it forever."""
+    if processes.num_processes == 1:
+        return yes
+    votes = reduce(torch.tensor(float(yes), device=processes.device), reduction="sum")
+    return float(votes) > 0  # pyright: ignore[reportArgumentType]
