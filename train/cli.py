@@ -13,7 +13,9 @@ from typing import Annotated
 if not __package__:  # run as a file: Python has put this folder first, where the repository must be
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,9 +28,16 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from train.config import ConfigError, load_config
+from train.config import ConfigError, TrainConfig, load_config
+from train.loop import Event, Report
+from train.run import TrainingDivergedError, TrainingInterrupted
+from train.run import train as run
 from unhype import checkpoint
 from unhype.checkpoint import CheckpointError, PackInfo
+from unhype.host.denoise import CheckpointRefusedError
+from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError
+
+log = logging.getLogger("unhype")
 
 app = typer.Typer(
     add_completion=False,
@@ -37,6 +46,13 @@ app = typer.Typer(
     help="Train hypernetworks that make a text-to-image model forget concepts, for the UnHype nodes of ComfyUI.",
 )
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+BAD_INPUT_ERRORS = (
+    CheckpointError,
+    CheckpointRefusedError,
+    ConfigError,
+    FileNotFoundError,
+    NotComfyUIError,
+)
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
 Overrides = Annotated[
@@ -60,25 +76,19 @@ def train(
 ) -> None:
     """Train a pack. Interrupted with Ctrl-C, the same command goes on where it stopped."""
     with _errors_as_sentences():
-        settings = load_config(config, overrides or [])
-        from train.run import train as run  # here: it loads ComfyUI's libraries
-
-        console = Console(stderr=True)
-        with _progress(console) as report:
+        settings = _load(config, overrides)
+        with _progress(Console(stderr=True)) as report:
             result = run(settings, progress=report, comfyui=comfyui)
-        size = result.path.stat().st_size / 1024
-        print(f"{result.path} ({size:.0f} KiB) after {result.seconds:.0f} s")
+        if PartialState().is_main_process:
+            size = result.path.stat().st_size / 1024
+            print(f"{result.path} ({size:.0f} KiB) after {result.seconds:.0f} s")
 
 
 @app.command()
 def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config without training: every mistake, each with its line."""
     with _errors_as_sentences():
-        settings = load_config(config, overrides or [])
-        if not settings.checkpoint.is_file():
-            raise ConfigError(
-                f"{config}: there is no checkpoint {settings.checkpoint}. Give the file that ComfyUI loads."
-            )
+        settings = _load(config, overrides)
         names = ", ".join(concept.name for concept in settings.concepts)
         print(
             f"{config} is fine: erases {names}; keeps {len(settings.retain)} phrases; writes {settings.output}"
@@ -97,6 +107,16 @@ def inspect(
             print(json.dumps({"bytes": file.stat().st_size, **checkpoint.to_plain(info)}, indent=2))
         else:
             Console().print(_describe(file, info))
+
+
+def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
+    """A config whose checkpoint is there."""
+    settings = load_config(config, overrides or [])
+    if not settings.checkpoint.is_file():
+        raise ConfigError(
+            f"{config}: there is no checkpoint {settings.checkpoint}. Give the file that ComfyUI loads."
+        )
+    return settings
 
 
 def _describe(file: Path, info: PackInfo) -> Table:
@@ -134,12 +154,12 @@ def _describe(file: Path, info: PackInfo) -> Table:
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator:
+def _progress(console: Console) -> Iterator[Report]:
     """A reporter of events: a bar with rate and time left on a terminal, else a line a stage."""
     if not console.is_terminal:
         stages: set[str] = set()
 
-        def line(event) -> None:
+        def line(event: Event) -> None:
             if event.stage not in stages:
                 stages.add(event.stage)
                 console.print(f"{event.stage} ...", highlight=False)
@@ -157,7 +177,7 @@ def _progress(console: Console) -> Iterator:
     with Progress(*columns, console=console) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def bar(event) -> None:
+        def bar(event: Event) -> None:
             if event.stage not in tasks:
                 tasks[event.stage] = bars.add_task(event.stage, values="")
             values = "  ".join(f"{name} {value:.4g}" for name, value in event.values.items())
@@ -169,19 +189,23 @@ def _progress(console: Console) -> Iterator:
 @contextmanager
 def _errors_as_sentences() -> Iterator[None]:
     """Say what is wrong on stderr, without a traceback, and end with the exit code of its kind."""
-    from train.run import TrainingDivergedError, TrainingInterrupted
-
     logging.basicConfig(level=logging.WARNING)
     try:
         yield
-    except (ConfigError, CheckpointError) as error:
+    except ComfyUINotFoundError as error:
+        code, text = FAILED, str(error)
+    except BAD_INPUT_ERRORS as error:
         code, text = BAD_INPUT, str(error)
     except (TrainingInterrupted, KeyboardInterrupt) as error:
-        code, text = (
-            INTERRUPTED,
-            str(error) or "Interrupted before training began; nothing was written.",
+        code = INTERRUPTED
+        text = str(error) or "Stopped at once. The same command goes on from the last saved state."
+    except torch.OutOfMemoryError:
+        code = FAILED
+        text = (
+            "Out of memory. Lower train.batch_size, trajectories.batch_size or trajectories.size."
         )
     except (OSError, ValueError, TrainingDivergedError) as error:
+        log.debug("The error was raised here:", exc_info=True)
         code, text = FAILED, str(error)
     else:
         return
