@@ -74,7 +74,10 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """Train a pack. Interrupted with Ctrl-C, the same command goes on where it stopped."""
+    """Train a pack. Interrupted with Ctrl-C, the same command goes on where it stopped.
+
+    On several devices: accelerate launch -m train.cli train CONFIG
+    """
     with _errors_as_sentences():
         settings = _load(config, overrides)
         with _progress(Console(stderr=True)) as report:

@@ -117,7 +117,6 @@ class GateConfig(BaseModel):
         num_positives: prompts with a target phrase, over all concepts.
         num_negatives: prompts without one.
         noise: standard deviation of the noise on standardized embeddings.
-        virtual_negatives: how far, at most, negatives are moved towards a positive.
         held_back: share of retain phrases, captions and positives kept for calibration.
         false_fire_rate: how many of the kept negatives may fire.
         threshold_position: where the threshold lies between kept negatives (0) and positives (1).
@@ -133,7 +132,6 @@ class GateConfig(BaseModel):
     num_positives: Annotated[int, Field(ge=10)] = 300
     num_negatives: Annotated[int, Field(ge=10)] = 900
     noise: Number = 1.0
-    virtual_negatives: OpenShare = 0.0
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.01
     threshold_position: Share = 0.5

@@ -5,6 +5,7 @@ The gate needs text embeddings only, so it can see far more prompts than the den
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from .config import TrainConfig
 from .prompts import forget_prompts, retain_prompts, split_vocabulary
 
 Embed = Callable[[list[str]], Tensor]
+NOTABLE_MISS_RATE = 0.15
+log = logging.getLogger("unhype")
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,7 @@ def train_gate(
     for step in range(settings.steps):
         chosen = torch.randint(len(positives), (half,), generator=generator)
         other = torch.randint(len(negatives), (settings.batch_size - half,), generator=generator)
-        kept = negatives[other]
-        if settings.virtual_negatives:
-            toward = positives[torch.randint(len(positives), (len(kept),), generator=generator)]
-            share = torch.rand(len(kept), 1, generator=generator) * settings.virtual_negatives
-            kept = torch.lerp(kept, toward, share)
-        x = torch.cat([positives[chosen], kept])
+        x = torch.cat([positives[chosen], negatives[other]])
         x = x + settings.noise * torch.randn(x.shape, generator=generator)
         wanted = torch.zeros(len(x), len(config.concepts))
         wanted[torch.arange(half), material.concepts[chosen]] = 1
@@ -108,7 +106,8 @@ def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibr
     """Shift and scale each concept's logit so that its threshold is probability 0.5; measure what then goes wrong.
 
     The threshold lies ``threshold_position`` of the way from the held-back prompts that must stay silent (all but
-    ``false_fire_rate`` of them) to the held-back prompts that must fire (all but the faintest twentieth).
+    ``false_fire_rate`` of them) to the held-back prompts that must fire (all but the faintest twentieth); where the two
+    overlap, silence goes first.
     """
     settings = config.gate
     last = gate.layers[-1]
@@ -118,7 +117,7 @@ def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibr
     for concept in range(len(config.concepts)):
         high = torch.quantile(fire[material.held_concepts == concept, concept], 0.05)
         low = torch.quantile(silent[:, concept], 1 - settings.false_fire_rate)
-        threshold = torch.lerp(low, high, settings.threshold_position)
+        threshold = low + settings.threshold_position * (high - low).clamp(min=0)
         # Sharpness: halfway between the two groups' medians is a logit of 4 away.
         spread = (
             fire[material.held_concepts == concept, concept].median() - silent[:, concept].median()
@@ -128,9 +127,16 @@ def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibr
     fired = gate.read(material.held_positives).fired[
         torch.arange(len(fire)), material.held_concepts
     ]
+    miss_rate = 1 - fired.float().mean().item()
+    if miss_rate > NOTABLE_MISS_RATE:
+        log.warning(
+            "The gate misses %.0f%% of held-back prompts that ask for a target. Name its phrases more fully, remove what "
+            "is nearly a target from retain, or allow a higher gate.false_fire_rate.",
+            100 * miss_rate,
+        )
     return Calibration(
         false_fire_rate=gate.read(material.held_negatives).open.float().mean().item(),
-        miss_rate=1 - fired.float().mean().item(),
+        miss_rate=miss_rate,
         num_negatives=len(silent),
         num_positives=len(fire),
     )

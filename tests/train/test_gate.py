@@ -1,0 +1,109 @@
+"""The gate: that it learns, tells concepts apart, and that its threshold is what the config asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.config import TrainConfig
+from train.gate import GateMaterial, gather, train_gate
+from unhype.checkpoint import Calibration
+from unhype.gate import Gate
+
+from .conftest import FAMILY, TinyDenoiser, word_vector
+
+Make = Callable[..., TrainConfig]
+STEPS = "gate.steps=200"
+TWO_CONCEPTS = 'concepts=[{"name": "cat", "target": ["cat", "kitty"], "anchor": "an empty meadow"}, {"name": "car", "target": ["car"], "anchor": "a road"}]'
+
+
+def trained(config: TrainConfig, denoiser: TinyDenoiser) -> tuple[Gate, Calibration, GateMaterial]:
+    material = gather(config, denoiser.embed_pooled)
+    gate, calibration = train_gate(config, material, lambda *_: None)
+    return gate, calibration, material
+
+
+def test_it_opens_for_targets_and_stays_shut_for_words_it_never_saw(
+    make: Make, denoiser: TinyDenoiser
+) -> None:
+    gate, _, _ = trained(make(STEPS), denoiser)
+    texts = ["a photo of a cat", "the kitty", "a cat on the beach"]
+    assert gate.read(denoiser.embed_pooled(texts)).open.all()
+    others = ["a photo of a zebra", "the violin", "a lamp on the beach", "an empty meadow", ""]
+    assert not gate.read(denoiser.embed_pooled(others)).open.any()
+
+
+def test_a_synonym_near_its_targets_opens_it(make: Make, denoiser: TinyDenoiser) -> None:
+    gate, _, _ = trained(make(STEPS), denoiser)
+    # A word that no prompt held, as close to the targets' as synonyms are in a text encoder.
+    dim = FAMILY.embedding.dim
+    synonym = 0.45 * (word_vector("cat", dim) + word_vector("kitty", dim))
+    synonym = synonym + 0.55 * word_vector("feline", dim)
+    a, photo = word_vector("a", dim), word_vector("photo", dim)
+    assert gate.read(torch.stack([synonym, a, photo]).mean(0)[None]).open.item()
+
+
+def test_concepts_fire_for_their_own_prompts_only(make: Make, denoiser: TinyDenoiser) -> None:
+    gate, _, _ = trained(make(STEPS, TWO_CONCEPTS), denoiser)
+    fired = gate.read(denoiser.embed_pooled(["a photo of a cat", "a photo of a car"])).fired
+    assert fired.tolist() == [[True, False], [False, True]]
+
+
+def test_the_calibration_is_measured_on_prompts_kept_back(
+    make: Make, denoiser: TinyDenoiser
+) -> None:
+    gate, calibration, material = trained(make(STEPS), denoiser)
+    assert calibration.num_negatives == len(material.held_negatives)
+    assert calibration.num_positives == len(material.held_positives)
+    assert calibration.false_fire_rate == share(gate, material.held_negatives)
+    assert calibration.false_fire_rate <= 0.02
+    assert calibration.miss_rate == pytest.approx(1 - share(gate, material.held_positives))
+    assert calibration.miss_rate <= 0.1
+
+
+def test_a_lower_threshold_position_fires_more_often(make: Make, denoiser: TinyDenoiser) -> None:
+    texts = [f"a {word} photo of a cat and a bus on the beach in rain" for word in "abcdefghij"]
+    probability = [
+        trained(make(STEPS, f"gate.threshold_position={position}"), denoiser)[0]
+        .read(denoiser.embed_pooled(texts))
+        .probability.mean()
+        for position in (0.1, 0.9)
+    ]
+    assert probability[0] > probability[1]
+
+
+def test_where_groups_overlap_the_gate_stays_silent_and_says_so(
+    make: Make, denoiser: TinyDenoiser, caplog: pytest.LogCaptureFixture
+) -> None:
+    # The words of the target are those of what must stay: nothing can tell them apart.
+    concept = '[{"name": "cat", "target": ["bus tree", "apple dog"], "anchor": "a meadow"}]'
+    keep = (
+        '["tree bus", "dog apple", "the tree bus", "the dog apple", "a tree bus", "one dog apple"]'
+    )
+    overrides = (f"concepts={concept}", f"retain={keep}", "trajectories.scene_share=0")
+    with caplog.at_level("WARNING", logger="unhype"):
+        _, calibration, _ = trained(make(STEPS, *overrides), denoiser)
+    assert calibration.false_fire_rate <= 0.1
+    assert calibration.miss_rate > 0.15
+    assert "misses" in caplog.text
+
+
+def test_training_draws_nothing_from_the_global_generator(
+    make: Make, denoiser: TinyDenoiser
+) -> None:
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    first, _, _ = trained(make("gate.steps=5"), denoiser)
+    assert torch.equal(before, torch.get_rng_state())
+    torch.manual_seed(4)
+    again, _, _ = trained(make("gate.steps=5"), denoiser)
+    state = again.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in first.state_dict().items())
+
+
+def share(gate: Gate, embeddings: Tensor) -> float:
+    """How many of them open the gate."""
+    return gate.read(embeddings).open.float().mean().item()
