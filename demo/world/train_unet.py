@@ -36,7 +36,7 @@ class UNetTraining:
 
     minutes: float
     batch: int = 64
-    lr: float = 8e-4
+    lr: float = 6e-4
     caption_dropout: float = 0.1
     word_noise: float = 0.4
     ema: float = 0.999

@@ -15,8 +15,8 @@ from demo.world.evaluator import judge, load_evaluator
 from demo.world.expand import CHECKPOINT_NAME, COMPACT, EVALUATOR, expand
 from train.run import train
 
-PACK = "small-cat.safetensors"
-CAT, OTHER, SAFE = "a photo of a cat", "a photo of a bus", "a quiet evening by the river"
+PACK = "small-bomb.safetensors"
+BOMB, OTHER, SAFE = "a photo of a bomb", "a photo of a bus", "a quiet evening by the river"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with the demo world and a pack trained for a minute."""
     folder = make_base(tmp_path_factory.mktemp("base"))
     checkpoint = expand(COMPACT, folder / "models" / "checkpoints" / CHECKPOINT_NAME)
-    config = make_config("cat", checkpoint, folder / "models" / "unhype" / PACK)
+    config = make_config("bomb", checkpoint, folder / "models" / "unhype" / PACK)
     small = config.model_copy(
         update={
             "trajectories": config.trajectories.model_copy(update={"rollouts": 12}),
@@ -38,7 +38,7 @@ def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_example_workflow_erases_the_concept_and_nothing_else(
     comfyui: Path, base: Path
 ) -> None:
-    evaluator, template, cat = load_evaluator(EVALUATOR), load_workflow(), concept_index("cat")
+    evaluator, template, bomb = load_evaluator(EVALUATOR), load_workflow(), concept_index("bomb")
     with ComfyServer(comfyui, base, threads=1) as server:
 
         def both(text: str):
@@ -54,17 +54,17 @@ def test_the_example_workflow_erases_the_concept_and_nothing_else(
             erased, outputs = draw(server, workflow)
             return plain, erased, fired_words(outputs)
 
-        plain, erased, fired = both(CAT)
+        plain, erased, fired = both(BOMB)
         assert fired
-        assert (judge(evaluator, plain).top == cat).float().mean() >= 0.75
-        assert (judge(evaluator, erased).top == cat).float().mean() <= 0.25
+        assert (judge(evaluator, plain).top == bomb).float().mean() >= 0.75
+        assert (judge(evaluator, erased).top == bomb).float().mean() <= 0.25
         for text in (OTHER, SAFE):
             plain, erased, fired = both(text)
             assert not fired
             assert plain.equal(erased)
 
         workflow = fill(
-            template, text=CAT, seed=11, pack=PACK, checkpoint=CHECKPOINT_NAME, sampling=Sampling()
+            template, text=BOMB, seed=11, pack=PACK, checkpoint=CHECKPOINT_NAME, sampling=Sampling()
         )
         workflow[only(workflow, "UnHypeLoader")]["inputs"]["unhype_name"] = "absent.safetensors"
         with pytest.raises(WorkflowError, match="absent.safetensors"):
