@@ -42,7 +42,7 @@ def factors(denoiser: Denoiser) -> LoRAFactors:
     return LoRAFactors(
         targets,
         tuple(draw(2, 4, target.in_features) for target in targets),
-        tuple(0.2 * draw(2, target.out_features, 4) for target in targets),
+        tuple(draw(2, target.out_features, 4) for target in targets),
         torch.tensor([1.0, 0.5]),
     )
 
