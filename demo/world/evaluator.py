@@ -118,8 +118,8 @@ def train_evaluator(
         K.RandomAffine(
             degrees=6, translate=(0.03, 0.03), scale=(0.93, 1.07), p=0.5, padding_mode="border"
         ),
-        K.RandomGaussianBlur((5, 5), (0.4, 2.0), p=0.4),
-        K.ColorJiggle(0.15, 0.3, 0.5, 0.02, p=0.6),
+        K.RandomGaussianBlur((3, 3), (0.4, 1.2), p=0.4),
+        K.ColorJiggle(0.12, 0.12, 0.15, 0.02, p=0.5),
         K.RandomGaussianNoise(std=0.03, p=0.4),
     )
     optimizer = torch.optim.AdamW(evaluator.parameters(), lr=lr, weight_decay=1e-3)
