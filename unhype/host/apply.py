@@ -160,7 +160,6 @@ class Run:
         self._windows: dict[Payload, tuple[float, float]] = {}
         self._tables: dict[frozenset[Payload], tuple[RowTable, list[int | None]]] = {}
         self._sites: dict[nn.Module, tuple[Site, ...]] = {}
-        self._targets: tuple[TargetModule, ...] = ()
 
     def numbers(self, payloads: Sequence[Payload]) -> list[int]:
         """Row numbers of a conditioning entry with these payloads, one for each embedding it carries."""

@@ -51,7 +51,6 @@ class Denoiser:
         self._patcher = patcher
         self._model = model = patcher.model.eval().requires_grad_(False)
         self._text = text_encoder
-        self._name = name
         self.targets: tuple[TargetModule, ...] = find_targets(model.diffusion_model, family.targets)
         self._sites: tuple[Site, ...] = find_sites(model.diffusion_model, self.targets)
         self.fingerprint = BaseFingerprint(name, self._digest())
