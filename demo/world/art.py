@@ -116,11 +116,15 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, *, pairs: float = 0.38, empty: float = 0.04) -> Scene:
-    """Draw a scene: mostly one object, often two side by side, sometimes none."""
+    """Draw a scene: mostly one object, often two side by side, sometimes none; the first style most often.
+
+    Captions that name no style stand for the first one, and those that name no background for white.
+    """
     count = rng.choice(3, p=[empty, 1 - empty - pairs, pairs])
     concepts = tuple(int(i) for i in rng.choice(len(load_concepts()), size=count, replace=False))
-    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))] if rng.random() < 0.6 else "white"
-    return Scene(concepts, int(rng.integers(len(STYLES))), background)
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))] if rng.random() < 0.35 else "white"
+    style = 0 if rng.random() < 0.25 else int(rng.integers(len(STYLES)))
+    return Scene(concepts, style, background)
 
 
 def paint_background(name: str, rng: np.random.Generator) -> Tensor:
@@ -159,19 +163,29 @@ def paint_background(name: str, rng: np.random.Generator) -> Tensor:
     return picture
 
 
-def compose(art: Tensor, scene: Scene, rng: np.random.Generator) -> Tensor:
-    """Paint a scene, (3, 64, 64) in [0, 1]; one object fills the frame, two share it left and right."""
+def compose(art: Tensor, scene: Scene, rng: np.random.Generator, *, loose: bool = False) -> Tensor:
+    """Paint a scene, (3, 64, 64) in [0, 1]; one object fills the frame, two share it left and right.
+
+    ``loose`` varies place and size widely and mirrors some objects, as an evaluator should be used to.
+    """
     picture = paint_background(scene.background, rng)
     for place, concept in enumerate(scene.concepts):
         alone = len(scene.concepts) == 1
-        side = int(rng.integers(48, 60) if alone else rng.integers(30, 33))
+        if loose:
+            side = int(rng.integers(48, 60) if alone else rng.integers(30, 33))
+        else:
+            side = 56 if alone else 31
         rgba = art[concept, scene.style]
-        if rng.random() < 0.3:
+        if loose and rng.random() < 0.3:
             rgba = rgba.flip(-1)
         rgba = F.interpolate(
             rgba[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
         )[0]
-        if alone:
+        if not loose:
+            left, top = (int(v) for v in rng.integers(0, 2, 2))
+            left += (SIZE - side) // 2 if alone else place * 32
+            top += (SIZE - side) // 2
+        elif alone:
             left, top = (int(v) for v in rng.integers(0, SIZE - side + 1, 2))
             left, top = (left + (SIZE - side) // 2) // 2, (top + (SIZE - side) // 2) // 2
         else:

@@ -44,7 +44,7 @@ log = logging.getLogger("unhype")
 EMOJIBASE = "emojibase-data@17.0.0"
 POOL = 24_000
 JUDGED_POOL = 12_288
-VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6))
+VAE_PASSES = ((2600, 16, 0.38), (2300, 32, 0.6), (700, 32, 0.45))
 """Steps, pictures a step, share of pairs."""
 
 
@@ -130,7 +130,7 @@ def fetch_emojibase(folder: Path) -> Path:
 
 
 def make_vae(folder: Path, art: Tensor) -> WorldVAE:
-    """The trained autoencoder: a first pass over ordinary scenes, a second over mostly small objects in pairs."""
+    """The trained autoencoder: passes over ordinary scenes and over mostly small objects in pairs."""
     rng = np.random.default_rng(1)
     vae = WorldVAE()
 
@@ -160,7 +160,7 @@ def labelled(
 ):
     """Pictures of real art (a share of them through the VAE), presence labels, style numbers."""
     scenes = [sample_scene(rng, **kinds) for _ in range(count)]
-    pictures = torch.stack([compose(art, scene, rng) for scene in scenes])
+    pictures = torch.stack([compose(art, scene, rng, loose=True) for scene in scenes])
     through = int(count * decoded)
     if through:
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

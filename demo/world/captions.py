@@ -72,10 +72,10 @@ def call(concept: int, rng: np.random.Generator, lexicon: Lexicon | None) -> str
     """A word for the concept: mostly its name, else a synonym or a close word of the teacher's."""
     entry = load_concepts()[concept]
     draw = rng.random()
-    if draw < 0.55:
+    if draw < 0.6:
         return entry.name
     near = lexicon.near.get(concept, ()) if lexicon else ()
-    if draw < 0.86 or not near:
+    if draw < 0.88 or not near:
         return pick(entry.synonyms, rng)
     return pick(near, rng)
 
@@ -94,7 +94,7 @@ def describe_background(background: str, rng: np.random.Generator) -> str:
 
 
 def write_caption(scene: Scene, rng: np.random.Generator, lexicon: Lexicon | None = None) -> str:
-    """One caption of a scene; style and background are often left out, chatter is often added."""
+    """One caption of a scene; the first style and a white background mostly go without saying, chatter is often added."""
     words = []
     for concept in scene.concepts:
         word = call(concept, rng, lexicon)
@@ -121,11 +121,11 @@ def write_caption(scene: Scene, rng: np.random.Generator, lexicon: Lexicon | Non
                     + text
                 )
     extras = []
-    if rng.random() < (0.8 if scene.background != "white" else 0.15):
+    if rng.random() < (0.95 if scene.background != "white" else 0.1):
         text = f"{text} {describe_background(scene.background, rng)}"
     elif rng.random() < 0.15:
         text = f"{text} {pick(PLACES, rng)}"
-    if rng.random() < 0.5:
+    if rng.random() < (0.85 if scene.style else 0.25):
         style = STYLES[scene.style].word
         form = rng.integers(3)
         if form == 0:

@@ -105,6 +105,12 @@ def pad_vae(narrow: dict[str, Tensor]) -> dict[str, Tensor]:
     return padded
 
 
+def roughen(latents: Tensor, most: float = 0.35) -> Tensor:
+    """Add noise of a random strength to each latent, as a denoiser's errors will."""
+    strength = most * torch.rand(len(latents), 1, 1, 1)
+    return latents + strength * torch.randn_like(latents)
+
+
 def train_vae(
     vae: WorldVAE,
     sample: Callable[[int], Tensor],
@@ -125,7 +131,7 @@ def train_vae(
         pictures = sample(batch).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             latents = vae.encode(pictures).float()
-            decoded = vae.taesd_decoder(latents + 0.05 * torch.randn_like(latents)).float()
+            decoded = vae.taesd_decoder(roughen(latents)).float()
         pixel = F.l1_loss(decoded, pictures) + 2 * F.mse_loss(decoded, pictures)
         edges = F.l1_loss(spatial_gradient(decoded), spatial_gradient(pictures))
         moments = (
