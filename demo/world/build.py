@@ -140,7 +140,9 @@ def make_vae(folder: Path, art: Tensor) -> WorldVAE:
 
             def sample(count: int, share: float = pairs) -> Tensor:
                 scenes = [sample_scene(rng, pairs=share) for _ in range(count)]
-                return torch.stack([compose(art, scene, rng) for scene in scenes])
+                return torch.stack(
+                    [compose(art, scene, rng, loose=rng.random() < 0.3) for scene in scenes]
+                )
 
             train_vae(vae, sample, steps=steps, batch=batch, report=every(100, "vae"))
         return vae.state_dict()
