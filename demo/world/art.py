@@ -170,27 +170,30 @@ def compose(art: Tensor, scene: Scene, rng: np.random.Generator, *, loose: bool 
     """
     picture = paint_background(scene.background, rng)
     for place, concept in enumerate(scene.concepts):
-        alone = len(scene.concepts) == 1
-        if loose:
-            side = int(rng.integers(48, 60) if alone else rng.integers(30, 33))
-        else:
-            side = 56 if alone else 31
+        side, left, top = _place(place, len(scene.concepts) == 1, rng, loose=loose)
         rgba = art[concept, scene.style]
         if loose and rng.random() < 0.3:
             rgba = rgba.flip(-1)
         rgba = F.interpolate(
             rgba[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False
         )[0]
-        if not loose:
-            left, top = (int(v) for v in rng.integers(0, 2, 2))
-            left += (SIZE - side) // 2 if alone else place * 32
-            top += (SIZE - side) // 2
-        elif alone:
-            left, top = (int(v) for v in rng.integers(0, SIZE - side + 1, 2))
-            left, top = (left + (SIZE - side) // 2) // 2, (top + (SIZE - side) // 2) // 2
-        else:
-            left = place * 32 + int(rng.integers(0, 33 - side))
-            top = int(rng.integers(12, SIZE - side - 8))
         window = picture[:, top : top + side, left : left + side]
         window.mul_(1 - rgba[3:]).add_(rgba[:3])
     return picture.clamp_(0, 1)
+
+
+def _place(
+    index: int, alone: bool, rng: np.random.Generator, *, loose: bool
+) -> tuple[int, int, int]:
+    """Side, left and top of object ``index``, in pixels."""
+    if not loose:
+        side = 56 if alone else 31
+        left, top = (int(v) for v in rng.integers(0, 2, 2))
+        return side, left + ((SIZE - side) // 2 if alone else index * 32), top + (SIZE - side) // 2
+    if alone:
+        side = int(rng.integers(48, 60))
+        left, top = (int(v) for v in rng.integers(0, SIZE - side + 1, 2))
+        return side, (left + (SIZE - side) // 2) // 2, (top + (SIZE - side) // 2) // 2
+    side = int(rng.integers(30, 33))
+    left = index * 32 + int(rng.integers(0, 33 - side))
+    return side, left, int(rng.integers(12, SIZE - side - 8))
