@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .families import FAMILIES, FamilySpec, family
-from .gate import Gate, GateConfig, Reading
+from .gate import Gate, GateConfig, Reading, check_threshold
 from .hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
 from .lora import LoRAFactors, TargetModule
 
@@ -124,6 +124,7 @@ class Pack:
 
     Attributes:
         active: which concepts may fire.
+        threshold: of the gate, in place of the calibrated one.
         name: file name, for messages.
     """
 
@@ -131,6 +132,7 @@ class Pack:
     hypernetwork: Hypernetwork
     gate: Gate
     active: tuple[bool, ...] = ()
+    threshold: float | None = None
     name: str = "pack"
 
     def __post_init__(self) -> None:
@@ -150,23 +152,29 @@ class Pack:
             )
         return replace(self, active=tuple(name in names for name in self.info.concept_names))
 
-    @torch.no_grad()
-    def generate(
-        self, embedding: Tensor, *, s: float | None = None, threshold: float | None = None
-    ) -> Generated:
-        """Write the LoRA of each prompt; those for which nothing fires get scale 0.
+    def at(self, threshold: float) -> Pack:
+        """The same pack with another threshold of its gate; ``ValueError`` if that is no probability."""
+        return replace(self, threshold=check_threshold(threshold))
 
-        Args:
-            embedding: (batch, embedding_dim).
-            s: position on the trajectory in [0, S]; S, fully erased, by default.
-            threshold: of the gate; the calibrated one by default.
-        """
+    @torch.no_grad()
+    def read(self, embedding: Tensor) -> Reading:
+        """What the gate says of each prompt, (batch, embedding_dim)."""
         if not torch.isfinite(embedding).all():
             raise ValueError(
                 "The prompt's embedding holds values that are not finite numbers. "
                 "Check the text encoder: a checkpoint with missing or damaged weights does this."
             )
-        reading = self.gate.read(embedding, threshold=threshold, active=self.active)
+        return self.gate.read(embedding, threshold=self.threshold, active=self.active)
+
+    @torch.no_grad()
+    def generate(self, embedding: Tensor, *, s: float | None = None) -> Generated:
+        """Write the LoRA of each prompt; those for which nothing fires get scale 0.
+
+        Args:
+            embedding: (batch, embedding_dim).
+            s: position on the trajectory in [0, S]; S, fully erased, by default.
+        """
+        reading = self.read(embedding)
         factors = self.hypernetwork.generate(embedding, s)
         return Generated(factors.scaled(reading.open.to(factors.scale)), reading)
 

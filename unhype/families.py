@@ -34,13 +34,14 @@ class EmbeddingSpec:
         encoder: the text encoder it comes from.
         pooling: how its states become one vector.
         dim: length of the vector.
-        start: where it begins in the host's ``pooled_output``.
+        pooled_width: length of the host's ``pooled_output``, which begins with the vector; none where the vector is
+            not part of it, so that it must be asked of the text encoder.
     """
 
     encoder: str
     pooling: str
     dim: int
-    start: int = 0
+    pooled_width: int | None
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,13 @@ class FamilySpec:
     branch: Branch
 
 
-CLIP_L = EmbeddingSpec(encoder="clip-vit-large-patch14", pooling="eos_unprojected", dim=768)
+def _clip_l(pooled_width: int | None) -> EmbeddingSpec:
+    """The state at the end of the text, after the final norm and before any projection, of CLIP ViT-L/14."""
+    return EmbeddingSpec("clip-vit-large-patch14", "eos_unprojected", 768, pooled_width)
+
+
+CROSS_ATTENTION = (TargetPattern(r".*\.attn2\.to_[kv]"),)
+"""Keys and values of the text, where a U-Net attends to it."""
 
 FAMILIES: Mapping[str, FamilySpec] = {
     spec.name: spec
@@ -97,9 +104,44 @@ FAMILIES: Mapping[str, FamilySpec] = {
             title="Stable Diffusion 1.x",
             host_classes=("SD15",),
             prediction=Prediction.EPSILON,
-            embedding=CLIP_L,
-            targets=(TargetPattern(r".*\.attn2\.to_[kv]"),),
+            embedding=_clip_l(768),
+            targets=CROSS_ATTENTION,
             branch=Branch.POSITIVE,
+        ),
+        FamilySpec(
+            name="sdxl",
+            title="Stable Diffusion XL",
+            host_classes=("SDXL", "SSD1B", "Segmind_Vega", "KOALA_700M", "KOALA_1B"),
+            prediction=Prediction.EPSILON,
+            embedding=_clip_l(None),  # the host pools CLIP-G alone
+            targets=CROSS_ATTENTION,
+            branch=Branch.POSITIVE,
+        ),
+        FamilySpec(
+            name="sd3",
+            title="Stable Diffusion 3",
+            host_classes=("SD3",),
+            prediction=Prediction.FLOW,
+            embedding=_clip_l(2048),
+            targets=tuple(
+                TargetPattern(r"joint_blocks\.\d+\.context_block\.attn\.qkv", RowSlice(part, 3))
+                for part in (1, 2)
+            ),
+            branch=Branch.POSITIVE,
+        ),
+        FamilySpec(
+            name="flux",
+            title="Flux",
+            host_classes=("Flux", "FluxSchnell"),
+            prediction=Prediction.FLOW,
+            embedding=_clip_l(768),
+            targets=(
+                TargetPattern(r"double_blocks\.\d+\.img_attn\.qkv", RowSlice(2, 3)),
+                TargetPattern(r"double_blocks\.\d+\.txt_attn\.qkv", RowSlice(2, 3)),
+                TargetPattern(r"double_blocks\.\d+\.img_attn\.proj"),
+                TargetPattern(r"single_blocks\.\d+\.linear1", RowSlice(2, 7)),
+            ),
+            branch=Branch.ALL,
         ),
     )
 }

@@ -177,6 +177,33 @@ class LoRAFactors:
         return result
 
 
+def combine(rows: Sequence[Sequence[LoRAFactors]], targets: Sequence[TargetModule]) -> LoRAFactors:
+    """One row of factors for each sum of single rows: ranks are joined, and padded with zeros to the largest.
+
+    A sum of rows without effect has scale 0.
+    """
+    downs, ups = [], []
+    for target in targets:
+        parts = [
+            [(f, f.targets.index(target)) for f in factors if target in f.targets]
+            for factors in rows
+        ]
+        rank = max((sum(f.down[i].shape[1] for f, i in part) for part in parts), default=0) or 1
+        down = torch.zeros(len(rows), rank, target.in_features)
+        up = torch.zeros(len(rows), target.out_features, rank)
+        for row, part in enumerate(parts):
+            start = 0
+            for f, i in part:
+                end = start + f.down[i].shape[1]
+                down[row, start:end] = f.down[i][0]
+                up[row, :, start:end] = f.up[i][0] * f.scale[0]
+                start = end
+        downs.append(down)
+        ups.append(up)
+    scale = torch.tensor([float(any(f.active[0] for f in factors)) for factors in rows])
+    return LoRAFactors(tuple(targets), tuple(downs), tuple(ups), scale)
+
+
 def read_state_dict(
     state: Mapping[str, Tensor], targets: Sequence[TargetModule], spelling: Spelling = Spelling.HOST
 ) -> LoRAFactors:

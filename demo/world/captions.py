@@ -72,10 +72,10 @@ def call(concept: int, rng: np.random.Generator, lexicon: Lexicon | None) -> str
     """A word for the concept: mostly its name, else a synonym or a close word of the teacher's."""
     entry = load_concepts()[concept]
     draw = rng.random()
-    if draw < 0.6:
+    if draw < 0.52:
         return entry.name
     near = lexicon.near.get(concept, ()) if lexicon else ()
-    if draw < 0.88 or not near:
+    if draw < 0.86 or not near:
         return pick(entry.synonyms, rng)
     return pick(near, rng)
 

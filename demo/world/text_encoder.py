@@ -72,15 +72,13 @@ class WorldTextEncoder(nn.Module):
     def forward(self, tokens: Tensor, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
         """Encode token ids (batch, n <= 77) to states (batch, n, 768) and the pooled end-of-text state (batch, 768).
 
-        ``noise`` blurs word meanings while a denoiser trains on them: each prompt draws its own level up to this share.
+        ``noise`` moves words as far as other words lie, so that a denoiser learns what is near its names: each prompt
+        draws its own level up to this share of the table's spread.
         """
         words = self.table[self.rows[tokens]]
         if noise:
             level = noise * torch.rand(len(tokens), 1, 1)
-            words = (
-                words
-                + level * torch.randn_like(words) * words.square().mean(-1, keepdim=True).sqrt()
-            )
+            words = words + level * torch.randn_like(words) * self.table.std(0)
         words = self.project(words)
         words = torch.where((tokens == BOS)[..., None], self.special[0], words)
         words = torch.where((tokens == EOS)[..., None], self.special[1], words)

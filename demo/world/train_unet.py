@@ -38,7 +38,7 @@ class UNetTraining:
     batch: int = 64
     lr: float = 6e-4
     caption_dropout: float = 0.1
-    word_noise: float = 0.4
+    word_noise: float = 1.1
     ema: float = 0.999
     save_every: int = 250
     compile: bool = False
@@ -53,10 +53,12 @@ class LatentPool:
 
 
 @torch.no_grad()
-def make_pool(vae: WorldVAE, art: Tensor, count: int, *, seed: int) -> LatentPool:
+def make_pool(
+    vae: WorldVAE, art: Tensor, count: int, *, seed: int, pairs: float = 0.5
+) -> LatentPool:
     """Paint and encode ``count`` scenes."""
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng) for _ in range(count)]
+    scenes = [sample_scene(rng, pairs=pairs) for _ in range(count)]
     latents = []
     for start in range(0, count, 64):
         pictures = torch.stack([compose(art, scene, rng) for scene in scenes[start : start + 64]])

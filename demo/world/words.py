@@ -53,8 +53,10 @@ def token_rows(words: dict[str, int]) -> Tensor:
 
 
 def _same_stem(first: str, second: str) -> bool:
-    """Whether the words differ by an ending of three letters at most (kitten, kittens), from four letters on."""
+    """Whether the words differ by an ending: a plural s, or up to three letters from four letters on (kitten, kittens)."""
     short, long = sorted((first, second), key=len)
+    if long == f"{short}s":
+        return True
     return len(short) >= 4 and len(long) - len(short) <= 3 and long.startswith(short)
 
 

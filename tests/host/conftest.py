@@ -20,6 +20,7 @@ from unhype.families import family_of_host_class
 from unhype.gate import Gate, GateConfig
 from unhype.host.bypass import find_targets
 from unhype.host.locate import cache_dir, use_as_library
+from unhype.host.tap import LEDGER
 from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
 
 HERE = Path(__file__).parent
@@ -134,3 +135,9 @@ def make_pack(world: World, tmp_path_factory: pytest.TempPathFactory) -> MakePac
         return packs.load(folder / name)
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    """Prompts that one test encodes are unknown to the next."""
+    LEDGER.clear()

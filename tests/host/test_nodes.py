@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from unhype.host.embed import embed_text, read_embedding
+from unhype.host.embed import embed_text, read_entry
 from unhype.host.generate import generate
 from unhype.host.locate import REPOSITORY
 
@@ -161,10 +161,10 @@ def test_concepts_that_are_off_are_not_the_nearest(world: Any, make_pack) -> Non
 def test_an_entry_without_pooled_output_is_refused(world: Any, make_pack) -> None:
     entry = [world.encode(CAT)[0][0], {"pooled_output": None}]
     with pytest.raises(
-        ValueError, match=r"Entry 2 .*got None.*CLIP Text Encode, or connect a CLIP"
+        ValueError, match=r"Entry 2 .*no vector of clip.*768.*UnHype Guard.*or connect a CLIP"
     ):
         generate(make_pack(), [*world.encode(CAT), entry])
-    with pytest.raises(ValueError, match="no pooled output"):
+    with pytest.raises(ValueError, match="no vector of"):
         generate(make_pack(), [[entry[0], {}]])
 
 
@@ -198,8 +198,10 @@ def test_every_chunk_of_a_long_prompt_is_embedded_as_if_alone(world: Any, make_p
     # 75 words of one token each fill the first chunk.
     vectors = embed_text(world.clip, "river " * 75 + CAT, spec)
     assert vectors.shape == (2, 768)
-    first, second = (read_embedding(world.encode(t)[0], spec) for t in ("river " * 75, CAT))
-    torch.testing.assert_close(vectors, torch.cat([first, second]), atol=1e-4, rtol=1e-4)
+    alone = [read_entry(world.encode(text)[0], spec) for text in ("river " * 75, CAT)]
+    torch.testing.assert_close(
+        vectors, torch.cat([found.rows for found in alone if found]), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_nothing_hides_at_the_end_of_a_long_prompt(world: Any, make_pack) -> None:

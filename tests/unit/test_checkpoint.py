@@ -100,7 +100,7 @@ def test_loading_leaves_the_random_state_alone(path: Path) -> None:
 
 def test_a_silent_gate_means_no_lora(path: Path) -> None:
     pack = checkpoint.load(path)
-    generated = pack.generate(torch.randn(3, DIM), threshold=0.999)
+    generated = pack.at(0.999).generate(torch.randn(3, DIM))
     assert not generated.factors.active.any()
     assert not generated.factors.delta(0).any()
 
@@ -108,7 +108,7 @@ def test_a_silent_gate_means_no_lora(path: Path) -> None:
 def test_only_the_named_concepts_stay_active(path: Path) -> None:
     pack = checkpoint.load(path).only(["dog"])
     assert pack.active == (False, True)
-    reading = pack.generate(torch.randn(4, DIM), threshold=0.01).reading
+    reading = pack.at(0.01).generate(torch.randn(4, DIM)).reading
     assert not reading.fired[:, 0].any()
     assert pack.fired_names(reading) == ["dog"]
 

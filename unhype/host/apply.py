@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,58 +19,24 @@ from comfy.conds import CONDRegular
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
+from ..checkpoint import Pack
 from ..families import Branch, FamilySpec, family_of_host_class
-from ..lora import LoRAFactors, TargetModule
+from ..lora import combine
 from .bypass import RowTable, Site, find_sites
 from .embed import Entry
 from .generate import DynamicLoRA
+from .guard import GUARDS, Conds, Guard
+from .payload import KEY, NEGATIVE_ROLES, Payload
+from .tap import tap
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP
 
 log = logging.getLogger("unhype")
 
-KEY = "unhype"
-"""Of the payload in a conditioning entry, of the wrappers, and of the run in ``transformer_options``."""
 ROW = "unhype_row"
 """Of the row number in ``model_conds``."""
-NEGATIVE_ROLES = frozenset({"negative", "empty_negative_prompt"})
-"""What the host's guiders call conditionings that steer away."""
-
-Conds = dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True, eq=False)
-class Payload:
-    """A LoRA in a conditioning entry.
-
-    Attributes:
-        owner: the pack's name, for messages.
-        factors: one row for each embedding of the entry, strength included.
-        start_percent, end_percent: the part of sampling in which it acts.
-    """
-
-    owner: str
-    branch: Branch
-    factors: LoRAFactors
-    start_percent: float
-    end_percent: float
-
-    def same_as(self, other: Payload) -> bool:
-        """Whether both do the same."""
-        mine, others = self.factors, other.factors
-        return (
-            (self.start_percent, self.end_percent) == (other.start_percent, other.end_percent)
-            and mine.targets == others.targets
-            and all(
-                torch.equal(a, b)
-                for a, b in zip(
-                    (*mine.down, *mine.up, mine.scale),
-                    (*others.down, *others.up, others.scale),
-                    strict=True,
-                )
-            )
-        )
 
 
 def apply(
@@ -102,7 +67,7 @@ def apply(
             f"The conditioning has {len(conditioning)} entries, but the LoRA was written for {len(lora.entries)}. "
             "Connect the same conditioning to ApplyDynamicLoRA as to CLIPToLoRA."
         )
-    _check_model(model, lora)
+    _check_model(model, lora.pack)
     if not any(generated.factors.active.any() for generated in lora.entries):
         return model, conditioning
     result: list[Entry] = []
@@ -116,6 +81,33 @@ def apply(
         )
         result.append(_with_payload(entry, payload))
     return _with_wrappers(model), result
+
+
+def guard_model(model: ModelPatcher, clip: CLIP, guard: Guard) -> tuple[ModelPatcher, CLIP]:
+    """A model that the guard covers, and a CLIP whose prompts it can read in full; neither argument is changed.
+
+    Strength 0 returns them as they are.
+
+    Raises:
+        ValueError: the model is of another family or other sizes or has a guard with this pack already, or the CLIP
+            can't be read.
+    """
+    if guard.strength == 0:
+        return model, clip
+    _check_model(model, guard.pack)
+    tapped = tap(clip)
+    present = _guards(model.model_options)
+    if any(other.pack.name == guard.pack.name for other in present):
+        raise ValueError(
+            f"{guard.pack.name} already guards this model. Remove one of the two UnHype Guard nodes, or give each another pack."
+        )
+    model = _with_wrappers(model)
+    model.model_options["transformer_options"][GUARDS] = (*present, guard)
+    return model, tapped
+
+
+def _guards(model_options: Mapping[str, Any]) -> tuple[Guard, ...]:
+    return model_options.get("transformer_options", {}).get(GUARDS, ())
 
 
 def _with_payload(entry: Entry, payload: Payload) -> Entry:
@@ -138,9 +130,9 @@ def _with_wrappers(model: ModelPatcher) -> ModelPatcher:
     return model
 
 
-def _check_model(model: ModelPatcher, lora: DynamicLoRA) -> None:
-    """Refuse a model that the pack was not made for."""
-    info, name = lora.pack.info, lora.pack.name
+def _check_model(model: ModelPatcher, pack: Pack) -> None:
+    """Refuse a model that the pack was not made for, with a ``ValueError``."""
+    info, name = pack.info, pack.name
     host_class = type(model.model.model_config).__name__
     found: FamilySpec | None = family_of_host_class(host_class)
     if found is not info.spec:
@@ -214,29 +206,6 @@ class Run:
         return self._tables[active]
 
 
-def combine(rows: Sequence[Sequence[LoRAFactors]], targets: Sequence[TargetModule]) -> LoRAFactors:
-    """One row of factors for each sum of single rows: ranks are joined, and padded with zeros to the largest."""
-    downs, ups = [], []
-    for target in targets:
-        parts = [
-            [(f, f.targets.index(target)) for f in factors if target in f.targets]
-            for factors in rows
-        ]
-        rank = max((sum(f.down[i].shape[1] for f, i in part) for part in parts), default=0) or 1
-        down = torch.zeros(len(rows), rank, target.in_features)
-        up = torch.zeros(len(rows), target.out_features, rank)
-        for row, part in enumerate(parts):
-            start = 0
-            for f, i in part:
-                end = start + f.down[i].shape[1]
-                down[row, start:end] = f.down[i][0]
-                up[row, :, start:end] = f.up[i][0] * f.scale[0]
-                start = end
-        downs.append(down)
-        ups.append(up)
-    return LoRAFactors(tuple(targets), tuple(downs), tuple(ups), torch.ones(len(rows)))
-
-
 def _tag(conds: Conds, run: Run) -> Conds:
     """The conditionings of a run with their row numbers; every one gets one, or the host would not batch them."""
     tagged, ignored = {}, set()
@@ -258,11 +227,14 @@ def _tag(conds: Conds, run: Run) -> Conds:
 
 
 def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
-    """Number the conditionings of a sampling run, for its length."""
+    """Let the guards read the conditionings of a sampling run, and number these, for its length."""
     guider: Any = executor.class_obj
     sampling = guider.model_patcher.get_model_object("model_sampling")
+    conds: Conds = guider.conds
+    for guard in _guards(guider.model_options):
+        conds = guard.cover(conds)
     run = Run(sampling.percent_to_sigma)
-    tagged = _tag(guider.conds, run)
+    tagged = _tag(conds, run)
     if not run:
         return executor(*args, **kwargs)
     guider.conds = tagged

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..families import EmbeddingSpec
+from .tap import LEDGER, VECTORS, tap
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -17,52 +19,82 @@ Entry = tuple[Tensor | None, Mapping[str, Any]] | list[Any]
 """One entry of the host's CONDITIONING: text states and a dictionary."""
 
 
-def read_embedding(entry: Entry, spec: EmbeddingSpec) -> Tensor | None:
-    """The vectors that a conditioning entry carries, (n, dim), n is nearly always 1; nothing if it carries none.
+@dataclass(frozen=True)
+class EntryEmbeddings:
+    """What a conditioning entry tells of its text.
+
+    Attributes:
+        rows: pooled vectors, (n, dim), one a row of the entry's states; n is nearly always 1.
+        further: vectors of other text in the entry, (m, dim): later 77 tokens, joined or mixed prompts.
+        complete: whether they are known to cover all of the entry's text.
+    """
+
+    rows: Tensor
+    further: Tensor
+    complete: bool
+
+    def and_also(self, vectors: Tensor) -> EntryEmbeddings:
+        """The same with further vectors, (m, dim)."""
+        return replace(self, further=torch.cat([self.further, vectors]))
+
+
+def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
+    """The vectors that a conditioning entry carries; nothing if it carries none.
 
     Raises:
         ValueError: the vectors are of another text encoder.
     """
-    pooled = entry[1].get("pooled_output")
-    if pooled is None:
+    states, extras = entry[0], entry[1]
+    pooled: Tensor | None = extras.get("pooled_output")
+    if states is not None and not states.any() and (pooled is None or not pooled.any()):
+        nothing = torch.zeros(1, spec.dim)  # Conditioning Zero Out
+        return EntryEmbeddings(nothing, nothing[:0], complete=True)
+    rows = None
+    if pooled is not None and spec.pooled_width is not None:
+        rows = _cut(pooled, spec, "The conditioning's pooled output")
+    known = LEDGER.find(states) if states is not None and len(states) == 1 else None
+    carried: Tensor | None = extras.get(VECTORS)
+    further = [vectors for vectors in (carried, known) if vectors is not None]
+    if rows is None and not further:
         return None
-    return _cut(pooled, spec, "The conditioning's pooled output")
+    vectors = torch.cat(further).unique(dim=0) if further else torch.zeros(0, spec.dim)
+    return EntryEmbeddings(
+        vectors[:1] if rows is None else rows, vectors, complete=known is not None
+    )
 
 
-def require_embedding(embedding: Tensor | None, index: int, spec: EmbeddingSpec) -> Tensor:
-    """The embedding of entry ``index``; ``ValueError`` if there is none."""
-    if embedding is None:
+def require_embeddings(
+    found: EntryEmbeddings | None, index: int, spec: EmbeddingSpec
+) -> EntryEmbeddings:
+    """The embeddings of entry ``index``; ``ValueError`` if there are none."""
+    if found is None:
         raise ValueError(
-            f"Entry {index + 1} of the conditioning has no pooled output (got None), and the LoRA is made from it: "
-            f"{spec.dim} numbers of {spec.encoder}. Encode the prompt with CLIP Text Encode, or connect a CLIP and "
-            "the text to CLIPToLoRA as well."
+            f"Entry {index + 1} of the conditioning carries no vector of {spec.encoder} ({spec.dim} numbers), and the LoRA "
+            "is made from it. Encode the prompt with the CLIP that UnHype Guard gives out, or connect a CLIP and the text "
+            "to CLIPToLoRA as well."
         )
-    return embedding
+    return found
 
 
-@torch.no_grad()
 def embed_text(clip: CLIP, text: str, spec: EmbeddingSpec) -> Tensor:
-    """The vector of every 77-token chunk of a text, (chunks, dim); a conditioning carries only the first one's."""
-    tokens: dict[str, list[Any]] = clip.tokenize(text)
-    encode: Any = clip.encode_from_tokens
-    vectors = []
-    for index in range(max(len(chunks) for chunks in tokens.values())):
-        chunk = {key: [chunks[min(index, len(chunks) - 1)]] for key, chunks in tokens.items()}
-        _, pooled = encode(chunk, return_pooled="unprojected")
-        if pooled is None:
-            raise ValueError(
-                f"The connected CLIP pools nothing; the LoRA is made from {spec.encoder}. "
-                "Connect the CLIP of a checkpoint that has it."
-            )
-        vectors.append(_cut(pooled, spec, "The connected CLIP's pooled output"))
-    return torch.cat(vectors)
+    """The vector of every 77-token chunk of a text, (chunks, dim)."""
+    tapped = tap(clip)
+    encode: Any = tapped.encode_from_tokens
+    with torch.no_grad():
+        vectors: Tensor = encode(tapped.tokenize(text), return_dict=True)[VECTORS]
+    if vectors.shape[1] != spec.dim:
+        raise ValueError(
+            f"The connected CLIP's vectors have {vectors.shape[1]} numbers, expected {spec.dim} of {spec.encoder}. "
+            "Use the CLIP of a model of the kind that the pack was trained on."
+        )
+    return vectors
 
 
 def _cut(pooled: Tensor, spec: EmbeddingSpec, what: str) -> Tensor:
-    """The part of (n, width) that the spec names, in single precision."""
-    if pooled.dim() != 2 or pooled.shape[1] != spec.start + spec.dim:
+    """The spec's part of the host's pooled output (n, width), in single precision."""
+    if pooled.dim() != 2 or pooled.shape[1] != spec.pooled_width:
         raise ValueError(
-            f"{what} has shape {tuple(pooled.shape)}, expected (n, {spec.start + spec.dim}) of {spec.encoder}. "
+            f"{what} has shape {tuple(pooled.shape)}, expected (n, {spec.pooled_width}) of {spec.encoder}. "
             "Use the CLIP of a model of the kind that the pack was trained on."
         )
-    return pooled[:, spec.start :].float().cpu()
+    return pooled[:, : spec.dim].float().cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..checkpoint import Generated, Pack
 from ..gate import Reading
-from .embed import Entry, embed_text, read_embedding, require_embedding
+from ..lora import combine
+from .embed import Entry, EntryEmbeddings, embed_text, read_entry, require_embeddings
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -35,25 +36,25 @@ class DynamicLoRA:
 
     def report(self) -> str:
         """What fired, a line an entry."""
-        return "\n".join(self._line(generated.reading) for generated in self.entries)
+        return "\n".join(describe(self.pack, generated.reading) for generated in self.entries)
 
-    def _line(self, reading: Reading) -> str:
-        probability = reading.probability.amax(0).tolist()
-        fired = reading.fired.any(0).tolist()
-        names = self.pack.info.concept_names
-        if any(fired):
-            parts = [
-                f"{name} ({p:.2f})"
-                for name, p, fires in zip(names, probability, fired, strict=True)
-                if fires
-            ]
-            return f"fired: {', '.join(parts)}"
-        nearest, name = max(
-            (p, name)
-            for name, p, active in zip(names, probability, self.pack.active, strict=True)
-            if active
-        )
-        return f"nothing fired (nearest: {name} {nearest:.2f})"
+
+def describe(pack: Pack, reading: Reading) -> str:
+    """Which concepts fired in the rows of one conditioning entry, or which came closest."""
+    probability = reading.probability.amax(0).tolist()
+    fired = reading.fired.any(0).tolist()
+    names = pack.info.concept_names
+    if any(fired):
+        parts = [
+            f"{name} ({p:.2f})"
+            for name, p, fires in zip(names, probability, fired, strict=True)
+            if fires
+        ]
+        return f"fired: {', '.join(parts)}"
+    nearest, name = max(
+        (p, name) for name, p, active in zip(names, probability, pack.active, strict=True) if active
+    )
+    return f"nothing fired (nearest: {name} {nearest:.2f})"
 
 
 @torch.no_grad()
@@ -76,30 +77,42 @@ def generate(
     chunks = embed_text(clip, text, spec) if clip is not None and text.strip() else None
     entries = []
     for index, entry in enumerate(conditioning):
-        embedding = read_embedding(entry, spec)
-        if embedding is None and chunks is not None:
-            embedding = chunks[:1]
-        entries.append(_generate(pack, require_embedding(embedding, index, spec), chunks))
+        found = read_entry(entry, spec)
+        if chunks is not None:
+            found = (
+                EntryEmbeddings(chunks[:1], chunks, complete=True)
+                if found is None
+                else found.and_also(chunks)
+            )
+        entries.append(write_entry(pack, require_embeddings(found, index, spec)))
     lora = DynamicLoRA(pack, tuple(entries))
     log.info("%s: %s", pack.name, lora.report().replace("\n", "; "))
     return lora
 
 
-def _generate(pack: Pack, embedding: Tensor, chunks: Tensor | None) -> Generated:
-    """Factors for the rows of one entry, (n, dim); a row of zeros, as Conditioning Zero Out leaves it, asks for nothing."""
-    silent = (embedding == 0).all(1)
-    if chunks is not None:
-        embedding = torch.stack([_strongest(pack, torch.cat([e[None], chunks])) for e in embedding])
-    generated = pack.generate(embedding)
-    reading = Reading(
-        generated.reading.probability.masked_fill(silent[:, None], 0),
-        generated.reading.fired & ~silent[:, None],
-    )
-    return replace(generated, factors=generated.factors.scaled((~silent).float()), reading=reading)
+@torch.no_grad()
+def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
+    """Factors for the rows of one conditioning entry.
 
-
-def _strongest(pack: Pack, candidates: Tensor) -> Tensor:
-    """The embedding that comes closest to firing, of (candidates, dim)."""
-    reading = pack.gate.read(candidates, active=pack.active)
-    active = torch.tensor(pack.active, device=reading.probability.device)
-    return candidates[int((reading.probability * active).amax(1).argmax())]
+    Of everything that a row is made from, each concept that fires takes the vector at which it fires most surely, and the
+    factors written for those vectors add up. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
+    """
+    sums, probabilities, fired = [], [], []
+    for row in embeddings.rows:
+        candidates = torch.cat([row[None], embeddings.further])
+        heard = (candidates != 0).any(1)
+        reading = pack.read(candidates)
+        probability = reading.probability.masked_fill(~heard[:, None], 0)
+        fires = reading.fired & heard[:, None]
+        surest = probability.argmax(0)
+        chosen = (
+            surest[fires.any(0)].unique() if fires.any() else probability.amax(1).argmax()[None]
+        )
+        generated = pack.generate(candidates[chosen])
+        acting = generated.factors.scaled(heard[chosen].float())
+        sums.append([acting.rows([index]) for index in range(len(chosen))])
+        probabilities.append(probability.amax(0))
+        fired.append(fires.any(0))
+    single = len(sums) == len(sums[0]) == 1
+    factors = sums[0][0] if single else combine(sums, sums[0][0].targets)
+    return Generated(factors, Reading(torch.stack(probabilities), torch.stack(fired)))

@@ -1,0 +1,102 @@
+"""A model that erases by itself: whatever conditioning reaches its sampler is read and gets the LoRA that it asks for.
+
+The guard travels in the model's ``transformer_options``. When sampling starts, ``apply`` asks it about every conditioning of the run,
+so that none can be left out by wiring.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..checkpoint import Pack
+from ..families import Branch
+from .embed import read_entry
+from .generate import describe, write_entry
+from .payload import KEY, NEGATIVE_ROLES, Payload
+
+log = logging.getLogger("unhype")
+
+GUARDS = "unhype_guards"
+"""Of the guards in ``transformer_options``."""
+
+Conds = dict[str, list[dict[str, Any]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Guard:
+    """One pack over a whole model.
+
+    Attributes:
+        strict: refuse conditionings whose text is not known in full, rather than warn.
+        everywhere: read negative conditionings too.
+    """
+
+    pack: Pack
+    strength: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    strict: bool = False
+    everywhere: bool = False
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise ValueError(f"strength must be a finite number, got {self.strength}.")
+        if self.start_percent > self.end_percent:
+            raise ValueError(
+                f"start_percent must not be larger than end_percent, got {self.start_percent} and {self.end_percent}."
+            )
+
+    @property
+    def branch(self) -> Branch:
+        """Which conditionings carry this guard's LoRA."""
+        return Branch.ALL if self.everywhere else self.pack.info.spec.branch
+
+    def cover(self, conds: Conds) -> Conds:
+        """The conditionings of a sampling run, by role, each with the LoRA that its text asks for.
+
+        Raises:
+            ValueError: ``strict``, and the text of one is not known in full.
+        """
+        covered, lines = {}, []
+        for role, entries in conds.items():
+            if role in NEGATIVE_ROLES and self.branch is not Branch.ALL:
+                covered[role] = entries
+                continue
+            covered[role] = []
+            for index, entry in enumerate(entries):
+                payload, line = self._read(entry, f"{role} {index + 1}")
+                own = tuple(p for p in entry.get(KEY, ()) if p.owner != self.pack.name)
+                covered[role].append(
+                    {**entry, KEY: (*own, payload)} if payload else {**entry, KEY: own}
+                )
+                lines.append(line)
+        log.info("UnHype Guard, %s: %s", self.pack.name, "; ".join(lines))
+        return covered
+
+    def _read(self, entry: Mapping[str, Any], where: str) -> tuple[Payload | None, str]:
+        """The LoRA of one conditioning, if any, and a line that says what was found."""
+        found = read_entry((entry.get("cross_attn"), entry), self.pack.info.spec.embedding)
+        if found is None or not found.complete:
+            problem = (
+                f"UnHype Guard, {self.pack.name}: conditioning {where} "
+                + ("can't be read" if found is None else "can be read only in part")
+                + ": it was not encoded by the CLIP that the guard gives out, or was changed since. "
+                "Encode prompts with that CLIP."
+            )
+            if self.strict:
+                raise ValueError(f"{problem} Nothing was sampled, because the guard is strict.")
+            log.warning(problem)
+        if found is None:
+            return None, f"{where} unread"
+        generated = write_entry(self.pack, found)
+        line = f"{where} {describe(self.pack, generated.reading)}"
+        if not generated.factors.active.any():
+            return None, line
+        factors = generated.factors.scaled(self.strength)
+        return Payload(
+            self.pack.name, self.branch, factors, self.start_percent, self.end_percent
+        ), line
