@@ -117,7 +117,8 @@ class ComfyServer:
         Raises:
             WorkflowError: The server refused it; the message names the nodes and inputs at fault.
         """
-        body = json.dumps({"prompt": workflow}).encode()
+        # An empty extra_pnginfo, so that nodes can leave texts in saved pictures as in a run from the page.
+        body = json.dumps({"prompt": workflow, "extra_data": {"extra_pnginfo": {}}}).encode()
         request = urllib.request.Request(
             f"{self.url}/prompt", body, {"Content-Type": "application/json"}
         )

@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-WORKFLOW = Path(__file__).parent / "workflows" / "erase_concept.api.json"
+FOLDER = Path(__file__).parent / "workflows"
 Workflow = dict[str, dict]
 
 
@@ -25,7 +25,7 @@ def only(workflow: Workflow, class_type: str) -> str:
     """The id of the one node of a class; ``ValueError`` if there is none or more than one."""
     found = [node_id for node_id, node in workflow.items() if node["class_type"] == class_type]
     if len(found) != 1:
-        raise ValueError(f"{WORKFLOW.name} holds {len(found)} {class_type} nodes, expected 1.")
+        raise ValueError(f"The workflow holds {len(found)} {class_type} nodes, expected 1.")
     return found[0]
 
 
@@ -68,6 +68,6 @@ def without_unhype(workflow: Workflow) -> Workflow:
     }
 
 
-def load_workflow() -> Workflow:
-    """The example workflow as the server takes it."""
-    return json.loads(WORKFLOW.read_text())
+def load_workflow(name: str = "erase_concept") -> Workflow:
+    """An example workflow as the server takes it."""
+    return json.loads((FOLDER / f"{name}.api.json").read_text())

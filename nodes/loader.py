@@ -34,6 +34,15 @@ class UnHypeLoader(io.ComfyNode):
                     optional=True,
                     tooltip="Concepts of the pack to erase, separated by commas or lines; the others stay. Empty: all of them.",
                 ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.0,
+                    min=0.0,
+                    max=0.99,
+                    step=0.01,
+                    optional=True,
+                    tooltip="How sure the gate must be that a prompt asks for a concept. Lower erases more and touches more. 0: as the pack was calibrated.",
+                ),
             ],
             outputs=[
                 UnHype.Output(display_name="unhype", tooltip="The pack, for CLIPToLoRA."),
@@ -45,11 +54,15 @@ class UnHypeLoader(io.ComfyNode):
         return unhype_name is None or folders.find_problem(unhype_name) or True
 
     @classmethod
-    def fingerprint_inputs(cls, unhype_name: str, concepts: str = "") -> str:
-        return f"{folders.fingerprint(unhype_name)} {concepts}"
+    def fingerprint_inputs(
+        cls, unhype_name: str, concepts: str = "", threshold: float = 0.0
+    ) -> str:
+        return f"{folders.fingerprint(unhype_name)} {concepts} {threshold}"
 
     @classmethod
-    def execute(cls, unhype_name: str, concepts: str = "") -> io.NodeOutput:
+    def execute(cls, unhype_name: str, concepts: str = "", threshold: float = 0.0) -> io.NodeOutput:
         pack = checkpoint.load(folders.checkpoint_path(unhype_name))
         names = [name.strip() for name in re.split(r"[,\n]", concepts) if name.strip()]
-        return io.NodeOutput(pack.only(names) if names else pack)
+        if names:
+            pack = pack.only(names)
+        return io.NodeOutput(pack.at(threshold) if threshold else pack)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from demo.host import make_base
 from demo.run import draw, fired_words, make_config
@@ -63,6 +66,21 @@ def test_the_example_workflow_erases_the_concept_and_nothing_else(
             assert not fired
             assert plain.equal(erased)
 
+        guard = load_workflow("guard")
+        guard[only(guard, "UnHypeLoader")]["inputs"]["unhype_name"] = PACK
+        outputs = server.run(guard)
+        assert "fired: bomb" in outputs[only(guard, "PreviewAny")]["text"][0]
+        pictures = {
+            node: server.images({node: outputs[node]})
+            for node in outputs
+            if "images" in outputs[node]
+        }
+        assert len(pictures[only(guard, "PreviewImage")]) == 1
+        saved = pictures[only(guard, "SaveImage")]
+        assert len(saved) == 4
+        told = json.loads(Image.open(io.BytesIO(saved[0])).text["unhype"])  # pyright: ignore[reportAttributeAccessIssue]
+        assert told == {"pack": PACK, "fired": [["bomb"]]}
+
         workflow = fill(
             template, text=BOMB, seed=11, pack=PACK, checkpoint=CHECKPOINT_NAME, sampling=Sampling()
         )
@@ -71,6 +89,6 @@ def test_the_example_workflow_erases_the_concept_and_nothing_else(
             server.queue(workflow)
 
         templates = server.get_json("/workflow_templates")
-        assert "erase_concept" in templates["unhype"]
+        assert {"erase_concept", "guard"} <= set(templates["unhype"])
         page = server.get("/extensions/unhype/docs/ApplyDynamicLoRA.md").decode()
         assert "strength" in page

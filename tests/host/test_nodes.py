@@ -17,7 +17,7 @@ from unhype.host.embed import embed_text, read_entry
 from unhype.host.generate import generate
 from unhype.host.locate import REPOSITORY
 
-NODE_IDS = ["UnHypeLoader", "CLIPToLoRA", "ApplyDynamicLoRA"]
+NODE_IDS = ["UnHypeLoader", "CLIPToLoRA", "ApplyDynamicLoRA", "UnHypeGuard", "UnHypeInspect"]
 SNAPSHOT = Path(__file__).with_name("schema.json")
 CAT, DOG = "a photo of a cat", "a photo of a dog"
 
@@ -214,3 +214,57 @@ def test_nothing_hides_at_the_end_of_a_long_prompt(world: Any, make_pack) -> Non
     torch.testing.assert_close(
         lora.entries[0].factors.delta(0), wanted.delta(0), atol=1e-4, rtol=1e-3
     )
+
+
+def inspect(nodes: dict[str, Any], **inputs: Any) -> tuple[Any, dict[str, Any]]:
+    """Run UnHypeInspect as ComfyUI does; also return what it left for the PNG."""
+    metadata: dict[str, Any] = {}
+    from comfy_api.latest._io import Hidden
+
+    node = nodes["UnHypeInspect"]
+    bound = node.PREPARE_CLASS_CLONE({Hidden.extra_pnginfo: metadata})
+    return bound.execute(**inputs).result, metadata
+
+
+def test_inspect_tells_gate_change_and_what_fired(nodes, world: Any, make_pack) -> None:
+    pack = make_pack(concepts=("cat", "bus"), fires=(CAT, DOG)).only(["cat"])
+    conditioning = [*world.encode(CAT), *world.encode(DOG)]
+    (text, figures, chart, images), metadata = inspect(
+        nodes, unhype=pack, conditioning=conditioning
+    )
+    first, second = json.loads(figures)["entries"]
+    assert first["fired"] == ["cat"]
+    assert second["fired"] == []
+    assert first["concepts"]["bus"] == {
+        "probability": pytest.approx(1, abs=1e-3),
+        "fired": False,
+        "active": False,
+    }
+    factors = generate(pack, world.encode(CAT)).entries[0].factors
+    norms = [float(factors.delta(i)[0].norm()) for i in range(len(factors.targets))]
+    assert list(first["norms"].values()) == pytest.approx(norms, rel=1e-4)
+    assert set(second["norms"].values()) == {0.0}
+    assert "entry 1: fired: cat" in text
+    assert chart.shape[0] == 2
+    assert chart.shape[-1] == 3
+    assert not torch.equal(chart[0], chart[1])
+    assert images is None
+    assert metadata["unhype"] == {"pack": pack.name, "fired": [["cat"], []]}
+
+
+def test_inspect_reads_a_text_alone(nodes, world: Any, make_pack) -> None:
+    pack, picture = make_pack(fires=(CAT, DOG)), torch.rand(1, 8, 8, 3)
+    (text, _, _, images), _ = inspect(
+        nodes, unhype=pack, clip=world.clip, text="river " * 75 + CAT, images=picture
+    )
+    assert "fired: cat" in text
+    assert images is picture
+    with pytest.raises(ValueError, match="nothing to read"):
+        inspect(nodes, unhype=pack)
+
+
+def test_the_loader_sets_concepts_and_threshold(nodes, packs: Path) -> None:
+    (pack,) = nodes["UnHypeLoader"].execute("both.safetensors", "bus", 0.9).result
+    assert (pack.active, pack.threshold) == ((False, True), 0.9)
+    (pack,) = nodes["UnHypeLoader"].execute("both.safetensors").result
+    assert (pack.active, pack.threshold) == ((True, True), None)

@@ -1,4 +1,4 @@
-"""The example workflow in both its forms."""
+"""The example workflows in both their forms."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ import pytest
 from demo.workflow import load_workflow
 from unhype.host.locate import REPOSITORY
 
-TEMPLATE = REPOSITORY / "example_workflows" / "erase_concept.json"
+FOLDER = REPOSITORY / "example_workflows"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 NOTES = {"MarkdownNote"}
 
 
+@pytest.fixture(scope="module", params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    """Of one workflow."""
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def template() -> dict[str, Any]:
+def template(name: str) -> dict[str, Any]:
     """The form that the editor opens."""
-    return json.loads(TEMPLATE.read_text(encoding="utf-8"))
+    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +48,7 @@ def widget_values(node: dict[str, Any]) -> dict[str, Any]:
     return dict(zip(names, values, strict=True))
 
 
-def test_both_forms_are_the_same_graph(template: dict[str, Any]) -> None:
+def test_both_forms_are_the_same_graph(template: dict[str, Any], name: str) -> None:
     sources = {link[0]: [str(link[1]), link[2]] for link in template["links"]}
     rebuilt = {}
     for node in template["nodes"]:
@@ -49,7 +56,7 @@ def test_both_forms_are_the_same_graph(template: dict[str, Any]) -> None:
             continue
         linked = {i["name"]: sources[i["link"]] for i in node["inputs"] if i["link"] is not None}
         rebuilt[str(node["id"])] = (node["type"], {**widget_values(node), **linked})
-    api = load_workflow()
+    api = load_workflow(name)
     assert rebuilt == {key: (node["class_type"], node["inputs"]) for key, node in api.items()}
 
 
@@ -62,8 +69,12 @@ def test_every_link_is_known_at_both_ends(template: dict[str, Any]) -> None:
         assert nodes[target]["inputs"][slot]["type"] in (kind, "*")
 
 
-def test_the_host_has_every_node_with_these_inputs(node_classes: dict[str, Any]) -> None:
-    for node in load_workflow().values():
+def test_every_workflow_has_a_picture(name: str) -> None:
+    assert (FOLDER / f"{name}.jpg").is_file()
+
+
+def test_the_host_has_every_node_with_these_inputs(node_classes: dict[str, Any], name: str) -> None:
+    for node in load_workflow(name).values():
         types = node_classes[node["class_type"]].INPUT_TYPES()
         known = types["required"].keys() | types.get("optional", {}).keys()
         assert types["required"].keys() <= node["inputs"].keys() <= known
