@@ -47,7 +47,7 @@ lint: host
 		$(VENV)/bin/basedpyright --pythonpath $(PY)
 
 bench: host
-	$(PY) -m benchmarks.run
+	$(PY) -m benchmarks.run $(BENCH_ARGS)
 
 # The teacher of words is a sentence encoder that comes as a package; only this target needs it (84 MB).
 world: host

@@ -1,0 +1,1 @@
+"""What UnHype costs: ratios within one run, on the machine at hand."""

@@ -1,0 +1,30 @@
+"""Every benchmark: ``python -m benchmarks.run`` (or ``make bench``) writes ``benchmarks/out/bench.json``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from . import generate, machine, sampling
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Only see whether everything runs.")] = False,
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = machine.OUT
+    / "bench.json",
+) -> None:
+    """Run every benchmark on this machine; leave it idle meanwhile."""
+    console = Console()
+    results = {"machine": machine.start(console), "quick": quick}
+    results["generate"] = generate.measure(console, quick=quick)
+    results["sampling"] = sampling.measure(list(sampling.SUBJECTS), console, quick=quick)
+    generate.show(results["generate"], console)
+    sampling.show(results["sampling"], console)
+    machine.write(output, results, console)
+
+
+if __name__ == "__main__":
+    typer.run(main)
