@@ -50,6 +50,10 @@ class Guard:
                 f"start_percent must not be larger than end_percent, got {self.start_percent} and {self.end_percent}."
             )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Guard:
+        """Itself: it never changes, and the host copies a model's options in depth at every clone."""
+        return self
+
     @property
     def branch(self) -> Branch:
         """Which conditionings carry this guard's LoRA."""
