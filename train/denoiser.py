@@ -1,7 +1,8 @@
-"""What training needs of a frozen diffusion model."""
+"""What training needs of a frozen diffusion model, and whether it has it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from unhype.lora import LoRAFactors, TargetModule
 
 
 class DenoiserLike(Protocol):
-    """A frozen model that predicts noise, with LoRA on some of its layers."""
+    """A frozen model that predicts noise or velocity, with LoRA on some of its layers."""
 
     @property
     def family(self) -> FamilySpec: ...
@@ -55,6 +56,87 @@ class DenoiserLike(Protocol):
         ...
 
 
-def rows(text: TextBatch, index: Tensor) -> TextBatch:
-    """Some rows of a batch of texts, in the order of ``index``."""
-    return TextBatch(cross=text.cross[index], pooled=text.pooled[index])
+class WrongGradientError(ValueError):
+    """The gradient of a model does not agree with what the model computes."""
+
+
+PROBE_CHANGE, PROBE_STEP = 0.05, 0.25
+"""Of the prediction by random LoRA, and of that LoRA: small enough to be nearly linear, far above rounding."""
+TOLERANCE = 0.25
+"""Half precision is off by a few hundredths, a gradient that lost a tensor by half or more."""
+
+
+def check_gradient(denoiser: DenoiserLike, x_t: Tensor, sigma: Tensor, text: TextBatch) -> None:
+    """Make sure that training can trust a model's gradient: some models' code overwrites what the gradient needs.
+
+    Args:
+        x_t, sigma, text: what to try it on, as for ``predict``; a little of it is enough.
+
+    Raises:
+        WrongGradientError: it cannot.
+    """
+    try:
+        error = gradient_error(denoiser, x_t, sigma, text)
+    except RuntimeError as reason:
+        if "inplace operation" not in str(reason):
+            raise
+        error, problem = math.inf, "lost"
+    else:
+        problem = f"off by {error:.0%}"
+    if error > TOLERANCE:
+        raise WrongGradientError(
+            f"The gradient of {denoiser.fingerprint.name} is {problem}, so it cannot be trained on: this ComfyUI computes "
+            "such models in a way that training does not know. Update this package, or use ComfyUI 0.3.75."
+        )
+
+
+def gradient_error(
+    denoiser: DenoiserLike,
+    x_t: Tensor,
+    sigma: Tensor,
+    text: TextBatch,
+    *,
+    step: float = PROBE_STEP,
+) -> float:
+    """Relative distance of a model's gradient from a finite difference, with random LoRA.
+
+    With all of up, or all of down, times a: d/da e(a) at a = 1 is <up, de/d up>, and <down, de/d down> as well.
+    """
+
+    def predict(factors: LoRAFactors | None) -> Tensor:
+        return denoiser.predict(x_t, sigma, text, factors).double()
+
+    with torch.no_grad():
+        plain = predict(None)
+        factors = _random_factors(denoiser, len(x_t))
+        change = (predict(factors) - plain).norm() / plain.norm()
+        factors = factors.scaled(float(PROBE_CHANGE / change.clamp(min=1e-6)))
+    for factor in (*factors.down, *factors.up):
+        factor.requires_grad_()
+    prediction = predict(factors)
+    direction = (prediction - plain).detach()
+    (prediction * direction).sum().backward()
+    with torch.no_grad():
+        more, less = (predict(factors.scaled(1 + sign * step)) for sign in (1, -1))
+        wanted = float(((more - less) * direction).sum()) / (2 * step)
+        slopes = [
+            sum(float((f.grad * f).sum()) for f in side if f.grad is not None)
+            for side in (factors.down, factors.up)
+        ]
+    return max(abs(slope - wanted) for slope in slopes) / max(abs(wanted), 1e-30)
+
+
+def _random_factors(denoiser: DenoiserLike, batch: int) -> LoRAFactors:
+    """Random matrices of rank 1 for the target modules."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(denoiser.device)
+
+    targets = denoiser.targets
+    return LoRAFactors(
+        targets,
+        tuple(draw(batch, 1, target.in_features) for target in targets),
+        tuple(draw(batch, target.out_features, 1) for target in targets),
+        torch.ones(batch, device=denoiser.device),
+    )

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetw
 
 from . import state
 from .config import ConfigError, TrainConfig
-from .denoiser import DenoiserLike
+from .denoiser import DenoiserLike, check_gradient
 from .gate import GateMaterial, gather, train_gate
 from .loop import (
     STAGE,
@@ -43,6 +43,8 @@ from .trajectories import Pool, collect
 __all__ = ["Event", "Result", "TrainingDivergedError", "TrainingInterrupted", "train"]
 
 EMBEDDED_AT_ONCE = 256
+CORNER = 8
+"""Side of the part of a state that the gradient is tried on; small, to be fast."""
 POOL_SETTINGS = {
     "concepts": True,
     "retain": True,
@@ -84,6 +86,7 @@ def train(
     Raises:
         TrainingInterrupted: SIGINT or SIGTERM came.
         TrainingDivergedError: the loss is no finite number.
+        WrongGradientError: the model cannot be trained with this version of ComfyUI.
     """
     begin = time.monotonic()
     _check_writable(config.output)
@@ -109,6 +112,7 @@ def train(
         gate, calibration = train_gate(config, material, _ticker(report, "training the gate"))
         hypernetwork = _new_hypernetwork(config, denoiser, material)
         forget, retain = _pools(config, denoiser, setting)
+        _check(denoiser, forget)
         objective = make_objective(
             config.objective,
             hypernetwork=hypernetwork,
@@ -148,6 +152,12 @@ def _finish(config: TrainConfig, info: PackInfo, hypernetwork: Hypernetwork, gat
     """Write the pack, then drop the state: whatever happens in between, one of the two is whole."""
     checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
     state.state_path(config.output).unlink(missing_ok=True)
+
+
+def _check(denoiser: DenoiserLike, pool: Pool) -> None:
+    """Make sure of the gradient on the corner of a state."""
+    text = pool.text.rows(pool.prompt[:1])
+    check_gradient(denoiser, pool.latents[:1, :, :CORNER, :CORNER], pool.sigmas[:1], text)
 
 
 def _pools(
@@ -206,9 +216,10 @@ def _kept_pools(path: Path, key: str, device: torch.device) -> tuple[Pool, Pool 
 
 
 def _pool_digest(config: TrainConfig) -> str:
-    """Hash of every setting that the trajectories depend on."""
+    """Hash of every setting that the trajectories depend on, and of what a pool holds."""
     settings = config.model_dump(mode="json", include=POOL_SETTINGS)
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    described = json.dumps([settings, [field.name for field in fields(Pool)]], sort_keys=True)
+    return hashlib.sha256(described.encode()).hexdigest()
 
 
 def _new_hypernetwork(

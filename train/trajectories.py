@@ -12,7 +12,7 @@ from torch import Tensor
 from unhype.host.denoise import TextBatch
 
 from .config import TrajectoryConfig
-from .denoiser import DenoiserLike, rows
+from .denoiser import DenoiserLike
 
 Tick = Callable[[int, int], None]
 
@@ -22,7 +22,7 @@ class Pool:
     """States and the frozen model's predictions for a prompt p and for its anchor prompt m.
 
     Attributes:
-        cross, pooled: encodings of the prompts p, (num_prompts, ...)
+        cross, pooled, host_pooled: encodings of the prompts p, (num_prompts, ...)
         prompt: which prompt a state belongs to, (num_states,)
         latents, prediction, anchor_prediction: (num_states, channels, height, width)
         sigmas: (num_states,)
@@ -30,11 +30,17 @@ class Pool:
 
     cross: Tensor
     pooled: Tensor
+    host_pooled: Tensor
     prompt: Tensor
     latents: Tensor
     sigmas: Tensor
     prediction: Tensor
     anchor_prediction: Tensor
+
+    @property
+    def text(self) -> TextBatch:
+        """The prompts p."""
+        return TextBatch(self.cross, self.pooled, self.host_pooled)
 
     def tensors(self) -> dict[str, Tensor]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -54,9 +60,8 @@ class Batch:
 def draw(pool: Pool, batch_size: int, generator: torch.Generator) -> Batch:
     """States drawn with replacement."""
     index = torch.randint(len(pool.prompt), (batch_size,), generator=generator)
-    prompt = pool.prompt[index]
     return Batch(
-        TextBatch(cross=pool.cross[prompt], pooled=pool.pooled[prompt]),
+        pool.text.rows(pool.prompt[index]),
         pool.latents[index],
         pool.sigmas[index],
         pool.prediction[index],
@@ -86,10 +91,12 @@ def collect(
     parts: list[tuple[Tensor, ...]] = []
     for start in range(0, len(prompts), config.batch_size):
         index = torch.arange(start, min(start + config.batch_size, len(prompts)))
-        text, anchor = rows(texts, index), rows(anchors, index)
-        follow_anchor = torch.tensor([rng.random() < config.anchor_share for _ in index])
+        text, anchor = texts.rows(index), anchors.rows(index)
+        followed = [
+            row + len(index) * (rng.random() < config.anchor_share) for row in range(len(index))
+        ]
         states, sigmas = denoiser.rollout(
-            _choose(anchor, text, follow_anchor),
+            TextBatch.cat([text, anchor]).rows(followed),
             steps=config.steps,
             guidance_scale=config.guidance_scale,
             seed=rng.getrandbits(31),
@@ -109,7 +116,8 @@ def collect(
     prompt, latents, sigmas, prediction, twin = (
         torch.cat(part).contiguous() for part in zip(*parts, strict=True)
     )
-    return Pool(texts.cross, texts.pooled, prompt, latents, sigmas, prediction, twin)
+    encoded = (texts.cross, texts.pooled, texts.host_pooled)
+    return Pool(*encoded, prompt, latents, sigmas, prediction, twin)
 
 
 def embed_in_batches(
@@ -123,27 +131,10 @@ def embed_in_batches(
         if tick is not None:
             tick(min(start + batch_size, len(distinct)), len(distinct))
     place = {text: index for index, text in enumerate(distinct)}
-    index = torch.tensor([place[text] for text in texts])
-    whole = TextBatch(
-        cross=torch.cat([batch.cross for batch in batches]),
-        pooled=torch.cat([batch.pooled for batch in batches]),
-    )
-    return rows(whole, index)
+    return TextBatch.cat(batches).rows([place[text] for text in texts])
 
 
 def _stops(config: TrajectoryConfig, rng: random.Random) -> list[int]:
     """One step drawn from each of ``states`` equal stretches of the rollout."""
     stretch = config.steps / config.states
     return sorted({int((part + rng.random()) * stretch) for part in range(config.states)})
-
-
-def _choose(first: TextBatch, second: TextBatch, use_first: Tensor) -> TextBatch:
-    """Rows of the first where the mask says so, else of the second."""
-    return TextBatch(
-        cross=torch.where(
-            use_first.view(-1, 1, 1).to(first.cross.device), first.cross, second.cross
-        ),
-        pooled=torch.where(
-            use_first.view(-1, 1).to(first.pooled.device), first.pooled, second.pooled
-        ),
-    )

@@ -23,6 +23,8 @@ from unhype.host.locate import cache_dir, use_as_library
 from unhype.host.tap import LEDGER
 from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
 
+from .tiny import TINY, Tiny, make_tiny
+
 HERE = Path(__file__).parent
 
 
@@ -141,3 +143,9 @@ def make_pack(world: World, tmp_path_factory: pytest.TempPathFactory) -> MakePac
 def nothing_remembered() -> None:
     """Prompts that one test encodes are unknown to the next."""
     LEDGER.clear()
+
+
+@pytest.fixture(scope="module", params=TINY)
+def tiny(comfy: Path, request: pytest.FixtureRequest) -> Tiny:
+    """A small model of every family."""
+    return make_tiny(request.param)

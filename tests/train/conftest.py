@@ -89,7 +89,8 @@ class TinyDenoiser:
         for row, text in enumerate(texts):
             for place, word in enumerate(text.lower().replace(",", "").split()[:12]):
                 cross[row, place] = word_vector(word, 24)
-        return TextBatch(cross, self.embed_pooled(texts))
+        pooled = self.embed_pooled(texts)
+        return TextBatch(cross, pooled, pooled)
 
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         dim = FAMILY.embedding.dim

@@ -1,7 +1,7 @@
 """The frozen diffusion model, for training outside the server: the checkpoint that ComfyUI loads, run by ComfyUI's own code.
 
 Training applies LoRA by the same bypass (``bypass.adapted``) that the nodes use for sampling, on the same layers: what is trained is
-what is served.
+what is served. What a family's network takes beside states and text is asked of the host's own model, as its samplers do.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint import BaseFingerprint
-from ..families import FAMILIES, FamilySpec, family_of_host_class
+from ..families import FAMILIES, Branch, FamilySpec, family_of_host_class
 from ..lora import LoRAFactors, TargetModule
 from .bypass import Site, adapted, find_sites, find_targets
 from .locate import find_comfyui, use_as_library
+from .tap import READER
 from .text import TextBatch, TextEncoder
 
 if TYPE_CHECKING:
@@ -33,8 +35,16 @@ __all__ = ["CheckpointRefusedError", "Denoiser", "TextBatch"]
 
 SCHEDULER = "normal"
 DIGEST_LENGTH = 16
-OPTIONAL = {"text_projection.weight", "clip_l.logit_scale"}
-"""Weights of the text encoder that its states do not depend on."""
+PIXELS = 8
+"""Of a picture's side to one of its latents, where the host tells a model of the size."""
+OPTIONAL = (
+    "logit_scale",
+    f"{READER}.transformer.text_projection.weight",
+    "scaled_fp8",
+    "scale_weight",
+    "scale_input",
+)
+"""How weights end that nothing here depends on, or that the host sets where a file lacks them."""
 
 
 class CheckpointRefusedError(ValueError):
@@ -42,7 +52,7 @@ class CheckpointRefusedError(ValueError):
 
 
 class Denoiser:
-    """A frozen model that predicts noise, with LoRA on some of its layers."""
+    """A frozen model that predicts noise or velocity, with LoRA on some of its layers."""
 
     def __init__(
         self, patcher: ModelPatcher, text_encoder: TextEncoder, family: FamilySpec, name: str
@@ -53,6 +63,7 @@ class Denoiser:
         self._text = text_encoder
         self.targets: tuple[TargetModule, ...] = find_targets(model.diffusion_model, family.targets)
         self._sites: tuple[Site, ...] = find_sites(model.diffusion_model, self.targets)
+        self._overwritten = _overwritten(model.diffusion_model)
         self.fingerprint = BaseFingerprint(name, self._digest())
 
     @classmethod
@@ -74,8 +85,7 @@ class Denoiser:
         import comfy.sd
 
         state = _read(checkpoint)
-        family = _family_of(checkpoint, state)
-        names = set(state)
+        family, names = _inspect(checkpoint, state)
         # No output_vae: training never leaves latent space.
         patcher, clip, _, _ = comfy.sd.load_state_dict_guess_config(
             state, output_vae=False, output_clip=True
@@ -98,10 +108,10 @@ class Denoiser:
         return self._patcher.load_device
 
     def embed(self, texts: Sequence[str]) -> TextBatch:
-        """Encode prompts: states (batch, 77, dim) and pooled vectors (batch, embedding_dim)."""
+        """Encode prompts; ``ValueError`` if one is longer than what the model reads at once."""
         batch = self._text.embed(texts)
         self._load()
-        return TextBatch(batch.cross.to(self.device), batch.pooled.to(self.device))
+        return batch.to(self.device)
 
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors of ``embed``, (texts, embedding_dim), fast."""
@@ -122,21 +132,56 @@ class Denoiser:
         """
         device = self.device
         x_t, sigma = x_t.to(device), sigma.to(device)
-        counts = [len(x_t), len(sigma), len(text.cross), len(x_t if factors is None else factors)]
+        counts = [len(x_t), len(sigma), len(text), len(x_t if factors is None else factors)]
         if len(set(counts)) > 1:
             raise ValueError(
                 "States, noise levels, prompts and LoRA must be as many as one another, "
                 f"got {', '.join(map(str, counts))}."
             )
-        sampling, dtype = self._model.model_sampling, self._dtype
-        with adapted(self._sites, factors) if factors is not None else nullcontext():
-            prediction = self._model.diffusion_model(
+        model, sampling, dtype = self._model, self._model.model_sampling, self._dtype
+        arguments = self._arguments(x_t, text)
+        times = model.process_timestep(sampling.timestep(sigma).float(), x=x_t, **arguments)
+        with self._adapted(factors):
+            prediction = model.diffusion_model(
                 sampling.calculate_input(sigma, x_t).to(dtype),
-                sampling.timestep(sigma).float(),
-                context=text.cross.to(device, dtype),
+                times,
                 transformer_options={"optimized_attention_override": _plain_attention},
+                **arguments,
             )
         return prediction.float()
+
+    def _arguments(self, x_t: Tensor, text: TextBatch) -> dict[str, Any]:
+        """What the network takes beside states and times, made as the host's samplers make it of a conditioning."""
+        conds = self._model.extra_conds(
+            cross_attn=text.cross.to(self.device),
+            pooled_output=text.host_pooled.to(self.device),
+            noise=x_t,
+            width=x_t.shape[3] * PIXELS,
+            height=x_t.shape[2] * PIXELS,
+            prompt_type="positive",
+            device=self.device,
+        )
+        arguments = {}
+        for name, cond in conds.items():
+            value = cond.process_cond(batch_size=len(x_t), area=None).cond
+            if isinstance(value, Tensor):
+                floating = value.is_floating_point()
+                value = value.to(self.device, self._dtype if floating else value.dtype)
+            arguments["context" if name == "c_crossattn" else name] = value
+        return arguments
+
+    @contextmanager
+    def _adapted(self, factors: LoRAFactors | None) -> Iterator[None]:
+        """LoRA on the target modules inside the block, and an exact gradient."""
+        hooks = []
+        if torch.is_grad_enabled():
+            hooks = [norm.register_forward_pre_hook(_clone_input) for norm in self._overwritten]
+        try:
+            with adapted(self._sites, factors) if factors is not None else nullcontext():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.no_grad()
     def rollout(
@@ -150,6 +195,8 @@ class Denoiser:
         stop_indices: Sequence[int],
     ) -> tuple[Tensor, Tensor]:
         """Sample with the frozen model (Euler, classifier-free guidance) and keep states on the way.
+
+        A family whose whole sampling carries the LoRA is made for sampling without guidance, and is sampled so.
 
         Args:
             text: prompts.
@@ -167,13 +214,14 @@ class Denoiser:
             raise ValueError(f"stop_indices must be steps from 0 to {steps - 1}, got {kept}.")
         sampling, device = self._model.model_sampling, self.device
         sigmas = calculate_sigmas(sampling, SCHEDULER, steps).to(device)
-        shape = (len(text.cross), *self._latent_shape(size))
+        shape = (len(text), *self._latent_shape(size))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
         first = float(sigmas[0])
         largest = float(sampling.sigma_max)
         full_noise = first > largest or math.isclose(first, largest, rel_tol=1e-5)
         x_t = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), full_noise)
-        both = self._with_empty(text)
+        guided = self.family.branch is not Branch.ALL and not math.isclose(guidance_scale, 1.0)
+        both = TextBatch.cat([text, self._empty.rows([0] * len(text))]) if guided else text
         states = []
         for step in range(kept[-1] + 1):
             if step in kept:
@@ -181,11 +229,13 @@ class Denoiser:
             if step == kept[-1]:
                 break
             sigma = sigmas[step]
-            levels = sigma.expand(2 * len(x_t))
-            doubled = torch.cat([x_t, x_t])
-            raw = self.predict(doubled, levels, both, None)
-            cond, uncond = sampling.calculate_denoised(levels, raw, doubled).chunk(2)
-            denoised = uncond + guidance_scale * (cond - uncond)
+            levels = sigma.expand(len(both))
+            inputs = torch.cat([x_t, x_t]) if guided else x_t
+            raw = self.predict(inputs, levels, both, None)
+            denoised = sampling.calculate_denoised(levels, raw, inputs)
+            if guided:
+                cond, uncond = denoised.chunk(2)
+                denoised = uncond + guidance_scale * (cond - uncond)
             x_t = x_t + (x_t - denoised) / sigma * (sigmas[step + 1] - sigma)
         return torch.stack(states), sigmas[kept]
 
@@ -205,26 +255,40 @@ class Denoiser:
             raise ValueError(f"size must be a multiple of {downscale} pixels, got {size}.")
         return self._model.latent_format.latent_channels, size // downscale, size // downscale
 
-    def _with_empty(self, text: TextBatch) -> TextBatch:
-        """The prompts, and after them as many empty ones."""
-        empty = self.embed([""])
-        return TextBatch(
-            torch.cat([text.cross.to(self.device), empty.cross.expand_as(text.cross)]),
-            torch.cat([text.pooled.to(self.device), empty.pooled.expand_as(text.pooled)]),
-        )
+    @cached_property
+    def _empty(self) -> TextBatch:
+        """The empty prompt."""
+        return self.embed([""])
 
     def _digest(self) -> str:
         """Hash of the target modules' names, shapes and weights."""
         hashed = hashlib.sha256()
-        layers = {
-            target.name: self._model.diffusion_model.get_submodule(target.name)
-            for target in self.targets
-        }
-        for name, layer in sorted(layers.items()):
-            weight = layer.get_parameter("weight").detach().cpu().contiguous()
-            hashed.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        for target in sorted(self.targets, key=lambda target: (target.name, target.start)):
+            layer = self._model.diffusion_model.get_submodule(target.name)
+            rows = (
+                layer.get_parameter("weight").detach().narrow(0, target.start, target.out_features)
+            )
+            weight = rows.cpu().contiguous()
+            hashed.update(f"{target.name} {tuple(weight.shape)} {weight.dtype}".encode())
             hashed.update(weight.view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()[:DIGEST_LENGTH]
+
+
+def _overwritten(diffusion_model: nn.Module) -> tuple[nn.Module, ...]:
+    """Layers whose input the host's code changes in place afterwards, so that the gradient needs a copy of it."""
+    from comfy.ldm.flux.layers import DoubleStreamBlock, SingleStreamBlock
+
+    return tuple(
+        layer
+        for block in diffusion_model.modules()
+        if isinstance(block, DoubleStreamBlock | SingleStreamBlock)
+        for layer in block.children()
+        if isinstance(layer, nn.LayerNorm)
+    )
+
+
+def _clone_input(layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return args[0].clone(), *args[1:]
 
 
 def _plain_attention(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
@@ -255,11 +319,14 @@ def _read(checkpoint: Path) -> dict[str, Tensor]:
     return state
 
 
-def _family_of(checkpoint: Path, state: dict[str, Tensor]) -> FamilySpec:
-    """The family of a checkpoint's diffusion model, before any of it is built."""
+def _inspect(checkpoint: Path, state: dict[str, Tensor]) -> tuple[FamilySpec, set[str]]:
+    """The family of a checkpoint's diffusion model, and the names of its weights as the host's modules have them."""
     from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
 
-    config = model_config_from_unet(state, unet_prefix_from_state_dict(state))
+    # Without their values, in a dictionary of its own: the host takes names out of it and rewrites others.
+    empty = {name: value.to("meta") for name, value in state.items() if isinstance(value, Tensor)}
+    prefix = unet_prefix_from_state_dict(empty)
+    config = model_config_from_unet(empty, prefix)
     known = ", ".join(spec.title for spec in FAMILIES.values())
     if config is None:
         raise CheckpointRefusedError(
@@ -272,30 +339,31 @@ def _family_of(checkpoint: Path, state: dict[str, Tensor]) -> FamilySpec:
         raise CheckpointRefusedError(
             f"{checkpoint.name} is a model of class {host_class}. This version trains on {known}."
         )
-    return family
+    names = {name.removeprefix(prefix) for name in empty if name.startswith(prefix)}
+    return family, names | set(config.process_clip_state_dict(empty))
 
 
 def _check_complete(
-    checkpoint: Path, names: set[str], model: BaseModel, text_model: torch.nn.Module
+    checkpoint: Path, names: set[str], model: BaseModel, text_model: nn.Module
 ) -> None:
-    """Refuse a file that lacks weights: the host leaves them at whatever the memory held."""
-    if getattr(model, "concat_keys", ()):
+    """Refuse a file that lacks weights (the host leaves them at whatever the memory held), or is made for other input."""
+    noise = torch.zeros(1, model.latent_format.latent_channels, 1, 1)
+    if model.concat_keys or model.concat_cond(noise=noise, device=noise.device) is not None:
         raise CheckpointRefusedError(
-            f"{checkpoint.name} is an inpainting model. Give the ordinary model of the same family."
+            f"{checkpoint.name} is an inpainting or control model. Give the ordinary model of the same family."
         )
-    for what, module, below in (
-        ("diffusion model", model.diffusion_model, "diffusion_model."),
-        ("text encoder", text_model, "transformer."),
+    if getattr(text_model, READER, None) is None:
+        raise CheckpointRefusedError(
+            f"{checkpoint.name} has no CLIP-L among its text encoders, which reads the prompts for the hypernetwork. "
+            "Give a full checkpoint with it."
+        )
+    for what, module in (
+        ("diffusion model", model.diffusion_model),
+        ("text encoder", text_model),
     ):
-        have = {_short(name, below) for name in names if below in name}
-        wanted = {_short(name, below) for name, _ in module.named_parameters()} - OPTIONAL
-        if missing := wanted - have:
+        wanted = {name for name, _ in module.named_parameters() if not name.endswith(OPTIONAL)}
+        if missing := wanted - names:
             raise CheckpointRefusedError(
                 f"{checkpoint.name} lacks {len(missing)} of the {len(wanted)} weights of its {what}, for example "
                 f"{min(missing)}. It was cut or converted badly; fetch it again."
             )
-
-
-def _short(name: str, below: str) -> str:
-    """A weight's name below a module; some files leave ``text_model`` out."""
-    return name.rpartition(below)[2].removeprefix("text_model.")

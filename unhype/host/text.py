@@ -1,13 +1,15 @@
-"""A checkpoint's own text encoder, for many short prompts at once."""
+"""A checkpoint's own text encoders, for many short prompts at once."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .tap import READER, VECTORS, tap
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -22,53 +24,99 @@ class TextBatch:
     Attributes:
         cross: the states that the model attends to, (batch, tokens, dim)
         pooled: the vectors that the hypernetwork reads, (batch, embedding_dim)
+        host_pooled: the vectors that the host gives the model beside the states, (batch, width)
     """
 
     cross: Tensor
     pooled: Tensor
+    host_pooled: Tensor
+
+    def __len__(self) -> int:
+        return len(self.cross)
+
+    def rows(self, index: Tensor | Sequence[int]) -> TextBatch:
+        """Some of the prompts, in the order of ``index``."""
+        index = torch.as_tensor(index, device=self.cross.device)
+        return self._each(lambda tensor: tensor[index])
+
+    def to(self, device: torch.device | str) -> TextBatch:
+        """The same on another device."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    @staticmethod
+    def cat(batches: Sequence[TextBatch]) -> TextBatch:
+        """The prompts of several batches, one after the other."""
+        return TextBatch(
+            torch.cat([batch.cross for batch in batches]),
+            torch.cat([batch.pooled for batch in batches]),
+            torch.cat([batch.host_pooled for batch in batches]),
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TextBatch:
+        return TextBatch(change(self.cross), change(self.pooled), change(self.host_pooled))
 
 
-class Chunk(NamedTuple):
-    """The first 77 tokens of a prompt: their ids, and whether all of them count alike."""
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenized prompt.
 
-    tokens: list[int]
+    Attributes:
+        tokens: what each text encoder gets: chunks of tokens with their weights.
+        ids: what the one that the hypernetwork reads gets.
+        plain: whether all tokens weigh the same.
+    """
+
+    tokens: Mapping[str, list[list[tuple[int, float]]]]
+    ids: list[int]
     plain: bool
-    weighted: list[tuple[int, float]]
 
 
 class TextEncoder:
-    """The host's CLIP with one text model, as Stable Diffusion 1.x has it."""
+    """The host's CLIP, with one text encoder or several, of which the hypernetwork reads CLIP-L.
+
+    Raises:
+        ValueError: there is no CLIP-L.
+    """
 
     def __init__(self, clip: CLIP) -> None:
         self.clip = clip
-        stage: Any = clip.cond_stage_model
-        self.stage = stage
-        self.key: str = stage.clip_name
-        self.encoder: Any = getattr(stage, stage.clip)
-        self.end: int = self.encoder.special_tokens["end"]
+        self.stage: Any = clip.cond_stage_model
+        self._tapped: Any = tap(clip).cond_stage_model
+        self.reader: Any = getattr(self.stage, READER)
+        self.end: int = self.reader.special_tokens["end"]
+        self._longest = {name: len(chunks[0]) for name, chunks in clip.tokenize("").items()}
 
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> TextBatch:
-        """Encode prompts as the host's own node does; what lies past the first 77 tokens is cut off."""
-        chunks = self._chunks(texts)
+        """Encode prompts as the host's own node does.
+
+        Raises:
+            ValueError: a prompt is too long.
+        """
+        prompts = self._tokenize(texts)
         self._ready()
-        if all(chunk.plain for chunk in chunks):
-            cross, pooled = self.encoder.encode([chunk.tokens for chunk in chunks])[:2]
-            return TextBatch(cross, pooled)
-        results = [
-            self.stage.encode_token_weights({self.key: [chunk.weighted]})[:2] for chunk in chunks
-        ]
-        cross, pooled = (torch.cat(part) for part in zip(*results, strict=True))
-        device = self.clip.patcher.load_device
-        return TextBatch(cross.to(device), pooled.to(device))
+        if self._reads_alone() and all(prompt.plain for prompt in prompts):
+            cross, pooled = self.reader.encode([prompt.ids for prompt in prompts])[:2]
+            return TextBatch(cross, pooled, pooled)
+        cross, pooled, host_pooled = [], [], []
+        for prompt in prompts:
+            states, vector, extras = self._tapped.encode_token_weights(prompt.tokens)
+            cross.append(states)
+            pooled.append(extras[VECTORS][:1])
+            host_pooled.append(vector)
+        batch = TextBatch(torch.cat(cross), torch.cat(pooled), torch.cat(host_pooled))
+        return batch.to(self.clip.patcher.load_device)
 
     @torch.no_grad()
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors of ``embed``, (texts, embedding_dim), much faster for short prompts.
 
         CLIP is causal, so what follows the end of the text never reaches its state: short prompts run at their own length.
+
+        Raises:
+            ValueError: there is no prompt, or one is too long.
         """
-        chunks = self._chunks(texts)
+        prompts = self._tokenize(texts)
         self._ready()
         if not self._has_known_form():
             parts = [
@@ -76,13 +124,13 @@ class TextEncoder:
                 for start in range(0, len(texts), POOLED_BATCH)
             ]
             return torch.cat(parts)
-        lengths = [chunk.tokens.index(self.end) + 1 for chunk in chunks]
+        lengths = [prompt.ids.index(self.end) + 1 for prompt in prompts]
         order = sorted(range(len(texts)), key=lengths.__getitem__)
         pooled = None
         for start in range(0, len(order), POOLED_BATCH):
             chosen = order[start : start + POOLED_BATCH]
             longest = lengths[chosen[-1]]
-            tokens = torch.tensor([chunks[index].tokens[:longest] for index in chosen])
+            tokens = torch.tensor([prompts[index].ids[:longest] for index in chosen])
             ends = torch.tensor([lengths[index] - 1 for index in chosen])
             states = self._run(tokens, ends)
             if pooled is None:
@@ -94,7 +142,7 @@ class TextEncoder:
 
     def _run(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """Final states at ``ends``, (batch, dim), of tokens (batch, length)."""
-        model = self.encoder.transformer.text_model
+        model = self.reader.transformer.text_model
         device = model.embeddings.token_embedding.weight.device
         tokens = tokens.to(device)
         length = tokens.shape[1]
@@ -106,25 +154,40 @@ class TextEncoder:
         states = model.final_layer_norm(states)
         return states[torch.arange(len(states), device=device), ends.to(device)]
 
+    def _reads_alone(self) -> bool:
+        """Whether CLIP-L is the only text encoder, and pools what the hypernetwork reads."""
+        only = getattr(self.stage, "clip", None) == READER
+        return only and not self.reader.return_projected_pooled
+
     def _has_known_form(self) -> bool:
-        """Whether the text model has the parts that ``_run`` calls, and pools what it returns."""
-        model = getattr(self.encoder.transformer, "text_model", None)
+        """Whether CLIP-L has the parts that ``_run`` calls."""
+        model = getattr(self.reader.transformer, "text_model", None)
         embeddings = getattr(model, "embeddings", None)
         parts = ("token_embedding", "position_embedding")
         return (
             all(hasattr(embeddings, part) for part in parts)
             and all(hasattr(model, part) for part in ("encoder", "final_layer_norm"))
-            and not self.encoder.enable_attention_masks
-            and not self.encoder.return_projected_pooled
+            and not self.reader.enable_attention_masks
         )
 
-    def _chunks(self, texts: Sequence[str]) -> list[Chunk]:
-        chunks = []
+    def _tokenize(self, texts: Sequence[str]) -> list[Prompt]:
+        prompts = []
         for text in texts:
-            weighted = self.clip.tokenize(text)[self.key][0]
-            plain = all(weight == 1.0 for _, weight in weighted)
-            chunks.append(Chunk([int(token) for token, _ in weighted], plain, weighted))
-        return chunks
+            tokens = self.clip.tokenize(text)
+            for name, chunks in tokens.items():
+                encoder = getattr(self.stage, f"clip_{name}", None) or getattr(
+                    self.stage, name, None
+                )
+                longest = self._longest[name]
+                if encoder is not None and (len(chunks) > 1 or len(chunks[0]) > longest):
+                    raise ValueError(
+                        f"A prompt is longer than the {longest} tokens that training reads of one "
+                        f"(text encoder {name}): {text[:60]!r}... Shorten it, or split it in two."
+                    )
+            (chunk,) = tokens["l"]
+            plain = all(weight == 1.0 for _, weight in chunk)
+            prompts.append(Prompt(tokens, [int(token) for token, _ in chunk], plain))
+        return prompts
 
     def _ready(self) -> None:
         self.stage.reset_clip_options()
