@@ -30,7 +30,7 @@ from .world.evaluator import PRESENT, judge, load_evaluator
 from .world.expand import CHECKPOINT_NAME, COMPACT, EVALUATOR, expand
 
 Link = list
-FIRST_SEED, SEEDS, STEPS, CFG, SIZE = 970_000, 8, 20, 5.0, 64
+FIRST_SEED, SEEDS, STEPS, CFG, SIZE = 970_000, 8, 20, 3.0, 64
 FILLER = "river stone water mountain wood cloud grass sand hill field "
 """Ten words of one token each."""
 EMBEDDING = "quiet"

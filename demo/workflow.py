@@ -16,7 +16,7 @@ class Sampling:
     """How pictures are drawn."""
 
     steps: int = 20
-    guidance_scale: float = 5.0
+    guidance_scale: float = 3.0
     size: int = 64
     images_per_prompt: int = 4
 
