@@ -112,10 +112,14 @@ class PackInfo:
 
 @dataclass(frozen=True)
 class Generated:
-    """LoRA factors for a batch of prompts, and what the gate read in each; ``factors.scale`` is 0 where nothing fired."""
+    """LoRA factors for a batch of prompts, and what the gate read in each; ``factors.scale`` is 0 where nothing fired.
+
+    ``chunks``: factors for every 77 tokens of one long prompt, where each can have its own.
+    """
 
     factors: LoRAFactors
     reading: Reading
+    chunks: LoRAFactors | None = None
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,7 @@ class FamilySpec:
         title: what people call it.
         host_classes: names of the host's model configuration classes.
         branch: which conditionings carry the LoRA.
+        per_chunk: whether the target modules see the text's states alone, so that each 77 tokens can have their own LoRA.
     """
 
     name: str
@@ -86,6 +87,7 @@ class FamilySpec:
     embedding: EmbeddingSpec
     targets: tuple[TargetPattern, ...]
     branch: Branch
+    per_chunk: bool
 
 
 def _clip_l(pooled_width: int | None) -> EmbeddingSpec:
@@ -107,6 +109,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
             embedding=_clip_l(768),
             targets=CROSS_ATTENTION,
             branch=Branch.POSITIVE,
+            per_chunk=True,
         ),
         FamilySpec(
             name="sdxl",
@@ -116,6 +119,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
             embedding=_clip_l(None),  # the host pools CLIP-G alone
             targets=CROSS_ATTENTION,
             branch=Branch.POSITIVE,
+            per_chunk=True,
         ),
         FamilySpec(
             name="sd3",
@@ -128,6 +132,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 for part in (1, 2)
             ),
             branch=Branch.POSITIVE,
+            per_chunk=False,
         ),
         FamilySpec(
             name="flux",
@@ -142,6 +147,7 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 TargetPattern(r"single_blocks\.\d+\.linear1", RowSlice(2, 7)),
             ),
             branch=Branch.ALL,
+            per_chunk=False,
         ),
     )
 }

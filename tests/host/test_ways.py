@@ -1,13 +1,14 @@
 """Every way that a conditioning reaches the network in ComfyUI, under the guard, against an oracle.
 
-The oracle knows nothing of row numbers: at each call of the network it looks at the text states of every row, and changes the rows
-whose states are those of a prompt that fires.
+The oracle knows nothing of row numbers: at each call of a target layer it looks at the text states that come in, and changes what comes
+out for those of a prompt that fires.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from unhype.host.bypass import adapted, find_sites
 from unhype.host.embed import read_entry, require_embeddings
 from unhype.host.generate import write_entry
 from unhype.host.guard import Guard
@@ -107,6 +107,19 @@ def combined(b: Bench) -> Tensor:
 
 def joined(b: Bench) -> Tensor:
     return b.sample(b.core("ConditioningConcat", b.encode(DOG), b.encode(CAT)))
+
+
+def joined_twice(b: Bench) -> Tensor:
+    """Beside a negative of another length, so that ComfyUI repeats both."""
+    dog, cat = b.encode(DOG), b.encode(CAT)
+    both = b.core("ConditioningConcat", b.core("ConditioningConcat", dog, cat), dog)
+    return b.sample(both, negative=b.core("ConditioningConcat", dog, dog))
+
+
+def joined_beside_another(b: Bench) -> Tensor:
+    """Two entries, of two chunks and of one."""
+    both = b.core("ConditioningConcat", b.encode(CAT), b.encode(DOG))
+    return b.sample(b.core("ConditioningCombine", both, b.encode(CAT)))
 
 
 def averaged(b: Bench) -> Tensor:
@@ -241,6 +254,8 @@ def compiled(b: Bench) -> Tensor:
 WAYS = (
     combined,
     joined,
+    joined_twice,
+    joined_beside_another,
     averaged,
     area,
     masked,
@@ -278,39 +293,39 @@ def host_lora(model: Any) -> dict[str, Tensor]:
     }
 
 
-@dataclass
-class Oracle:
-    """Changes a model's rows by the text states that they come with."""
+@contextmanager
+def oracle(model: Any, states: Tensor, factors: LoRAFactors) -> Iterator[None]:
+    """Change the target layers' output for every 77 tokens of their input that are these states, (77, dim)."""
 
-    model: Any
-    states: list[Tensor]
-    factors: LoRAFactors
+    def hook(delta: Tensor) -> Callable[..., None]:
+        def change(layer: torch.nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+            wanted = states.to(args[0])
+            for row, result in zip(args[0], y, strict=True):
+                for start in range(0, len(row), 77):
+                    tokens = slice(start, start + 77)
+                    if torch.equal(row[tokens], wanted):
+                        result[tokens] += (wanted.float() @ delta.T).to(y)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Oracle:
-        return self  # ComfyUI copies a model's options in depth
+        return change
 
-    def __call__(self, apply_model: Callable[..., Tensor], args: dict[str, Any]) -> Tensor:
-        context = args["c"]["c_crossattn"]
-        wanted = [
-            any(row.shape == s.shape and torch.equal(row, s.to(row)) for s in self.states)
-            for row in context
-        ]
-        rows = self.factors.rows([0] * len(wanted)).scaled(torch.tensor(wanted).float())
-        base = self.model.model
-        network = base.diffusion_model
-        sites = find_sites(getattr(network, "_orig_mod", network), self.factors.targets)
-        with adapted(sites, rows):
-            return apply_model(args["input"], args["timestep"], **args["c"])
+    network, handles = model.model.diffusion_model, []
+    torch._dynamo.reset()  # what was compiled before may not look at hooks
+    for index, target in enumerate(factors.targets):
+        layer = network.get_submodule(target.name)
+        handles.append(layer.register_forward_hook(hook(factors.delta(index)[0])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def firing_states(bench: Bench, way: Callable[[Bench], Tensor]) -> list[Tensor]:
-    """The text states that hold the cat, as this way makes them."""
+def firing_states(bench: Bench, way: Callable[[Bench], Tensor]) -> Tensor:
+    """The states that ask for a cat, as this way makes them, (77, dim)."""
     cat, dog = bench.encode(CAT), bench.encode(DOG)
-    if way is joined:
-        return [bench.core("ConditioningConcat", dog, cat)[0][0][0]]
     if way is averaged:
-        return [bench.core("ConditioningAverage", dog, cat, 0.4)[0][0][0]]
-    return [cat[0][0][0]]
+        return bench.core("ConditioningAverage", dog, cat, 0.4)[0][0][0]
+    return cat[0][0][0]
 
 
 def check(
@@ -319,15 +334,12 @@ def check(
     from unhype.host.apply import guard_model
 
     model, clip = guard_model(world.model, world.clip, Guard(pack))
-    bench = Bench(model, clip, core)
-    plain = way(Bench(world.model, clip, core))
-    got = way(bench)
-    states = firing_states(bench, way)
+    bench, bare = Bench(model, clip, core), Bench(world.model, clip, core)
+    plain, got = way(bare), way(bench)
     found = read_entry(bench.encode(CAT)[0], pack.info.spec.embedding)
     factors = write_entry(pack, require_embeddings(found, 0, pack.info.spec.embedding)).factors
-    changed = world.model.clone()
-    changed.set_model_unet_function_wrapper(Oracle(changed, states, factors))
-    wanted = way(Bench(changed, clip, core))
+    with oracle(world.model, firing_states(bench, way), factors):
+        wanted = way(bare)
     assert (wanted - plain).norm() > 1e-2 * plain.norm(), "the LoRA must matter"
     assert (got - wanted).norm() <= tolerance * wanted.norm()
     assert not any("forward" in m.__dict__ for m in world.model.model.diffusion_model.modules())

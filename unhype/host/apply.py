@@ -10,6 +10,7 @@ nothing fired is the host's own, untouched.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -72,10 +73,11 @@ def apply(
         return model, conditioning
     result: list[Entry] = []
     for entry, generated in zip(conditioning, lora.entries, strict=True):
-        payload = Payload(
+        payload = Payload.of(
             lora.pack.name,
             lora.pack.info.spec.branch,
-            generated.factors.scaled(strength),
+            generated,
+            strength,
             start_percent,
             end_percent,
         )
@@ -153,36 +155,40 @@ class Run:
         self._tables: dict[frozenset[Payload], tuple[RowTable, list[int | None]]] = {}
         self._sites: dict[nn.Module, tuple[Site, ...]] = {}
 
-    def numbers(self, payloads: Sequence[Payload]) -> list[int]:
-        """Row numbers of a conditioning entry with these payloads, one for each embedding it carries."""
+    def numbers(self, payloads: Sequence[Payload], width: int = 1) -> list[list[int]]:
+        """Row numbers of a conditioning entry with these payloads: a row for each embedding it carries, a column for each
+        77 tokens; of longer texts the columns repeat."""
         for payload in payloads:
             self._windows[payload] = (
                 self._percent_to_sigma(payload.start_percent),
                 self._percent_to_sigma(payload.end_percent),
             )
-        count = max((len(payload.factors) for payload in payloads), default=1)
-        result = []
-        for row in range(count):
-            parts = tuple(
-                (payload, row % len(payload.factors))
-                for payload in payloads
-                if payload.factors.active[row % len(payload.factors)]
-            )
-            result.append(self._numbers.setdefault(parts, len(self._numbers)))
-        return result
+        count = max((len(p.factors) for p in payloads if not p.per_chunk), default=1)
+        return [
+            [self._number(payloads, row, column) for column in range(width)] for row in range(count)
+        ]
+
+    def _number(self, payloads: Sequence[Payload], row: int, column: int) -> int:
+        parts = []
+        for payload in payloads:
+            index = (column if payload.per_chunk else row) % len(payload.factors)
+            if payload.factors.active[index]:
+                parts.append((payload, index))
+        return self._numbers.setdefault(tuple(parts), len(self._numbers))
 
     def __bool__(self) -> bool:
         return len(self._numbers) > 1
 
     @contextmanager
     def adapted(
-        self, diffusion_model: nn.Module, rows: Sequence[int], sigma: Tensor
+        self, diffusion_model: nn.Module, rows: Sequence[Sequence[int]], sigma: Tensor
     ) -> Iterator[None]:
         """Change the model inside the block as the rows of the batch ask for at this noise level, (batch,)."""
         table, places = self._table(self._active(sigma))
         if diffusion_model not in self._sites:
             self._sites[diffusion_model] = find_sites(diffusion_model, table.factors.targets)
-        with table.adapted(self._sites[diffusion_model], [places[row] for row in rows]):
+        flat = [places[number] for row in rows for number in row]
+        with table.adapted(self._sites[diffusion_model], flat, chunks=len(rows[0])):
             yield
 
     def _active(self, sigma: Tensor) -> frozenset[Payload]:
@@ -208,15 +214,19 @@ class Run:
 
 def _tag(conds: Conds, run: Run) -> Conds:
     """The conditionings of a run with their row numbers; every one gets one, or the host would not batch them."""
-    tagged, ignored = {}, set()
+    carried, ignored = {}, set()
+    for role, entries in conds.items():
+        carried[role] = [tuple(cond.get(KEY, ())) for cond in entries]
+        if role in NEGATIVE_ROLES:
+            ignored |= {p.owner for ps in carried[role] for p in ps if p.branch is not Branch.ALL}
+            carried[role] = [tuple(p for p in ps if p.branch is Branch.ALL) for ps in carried[role]]
+    payloads = [p for entries in carried.values() for ps in entries for p in ps]
+    width = math.lcm(*(len(p.factors) for p in payloads if p.per_chunk))
+    tagged = {}
     for role, entries in conds.items():
         tagged[role] = []
-        for cond in entries:
-            payloads: tuple[Payload, ...] = cond.get(KEY, ())
-            if role in NEGATIVE_ROLES:
-                ignored |= {p.owner for p in payloads if p.branch is not Branch.ALL}
-                payloads = tuple(p for p in payloads if p.branch is Branch.ALL)
-            row = CONDRegular(torch.tensor(run.numbers(payloads)))
+        for cond, own in zip(entries, carried[role], strict=True):
+            row = CONDRegular(torch.tensor(run.numbers(own, width)))
             tagged[role].append({**cond, "model_conds": {**cond.get("model_conds", {}), ROW: row}})
     if ignored:
         log.warning(
@@ -264,8 +274,8 @@ def _apply_model(
     if tags is None:
         return executor(*arguments, **kwargs)
     run: Run | None = options.get(KEY)
-    rows: list[int] = tags.tolist()
-    if run is None or (len(rows) != len(x) and len(set(rows)) > 1):
+    rows: list[list[int]] = tags.tolist()
+    if run is None or (len(rows) != len(x) and any(row != rows[0] for row in rows)):
         raise RuntimeError(
             f"The model was called with {len(x)} rows and {len(rows)} LoRA row numbers"
             f"{' outside the sampling run that they belong to' if run is None else ''}, so UnHype cannot tell which "

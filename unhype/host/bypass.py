@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from ..lora import LoRAFactors, TargetModule
 
 Forward = Callable[..., Tensor]
 COMPILED = "_orig_mod"
+CHUNK = 77
+"""Tokens that a CLIP encodes at a time."""
 
 
 @dataclass(frozen=True)
@@ -140,27 +143,56 @@ class RowTable:
         ] = {}
 
     @contextmanager
-    def adapted(self, sites: Sequence[Site], rows: Sequence[int | None]) -> Iterator[None]:
-        """Change the layers inside the block; row i of the batch gets row ``rows[i]`` of the table, or nothing."""
-        spans = find_spans(rows)
-        if not spans:
+    def adapted(
+        self, sites: Sequence[Site], rows: Sequence[int | None], *, chunks: int = 1
+    ) -> Iterator[None]:
+        """Change the layers inside the block; row i of the batch gets row ``rows[i]`` of the table, or nothing.
+
+        Args:
+            chunks: 1, or into how many parts of 77 tokens each row of the batch falls; ``rows`` then holds one number for
+                each of them, row by row, and longer inputs repeat them.
+        """
+        if all(row is None for row in rows):
             yield
             return
+        whole = find_spans(rows)
+
+        @cache
+        def split_spans(repeats: int, parts: int) -> tuple[Span, ...]:
+            """Spans over a layer's input each of whose rows is taken in so many parts."""
+            table = [rows[start : start + chunks] for start in range(0, len(rows), chunks)]
+            return find_spans(
+                [
+                    row[part % chunks]
+                    for row in table
+                    for _ in range(repeats)
+                    for part in range(parts)
+                ]
+            )
+
+        def lay_out(x: Tensor, site: Site) -> tuple[tuple[Span, ...], int, int]:
+            """Spans, rows of the input for one of theirs, and the parts of each row of the input."""
+            repeats = _repeats(x, len(rows) // chunks, site)
+            if chunks == 1:
+                return whole, repeats, 1
+            parts = _parts(x, site)
+            return split_spans(repeats, parts), 1, parts
 
         def make(site: Site, inner: Forward) -> Forward:
             def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-                repeats = _repeats(x, len(rows), site)
+                spans, repeats, parts = lay_out(x, site)
                 # down x comes before W x: some quantised layers change their input in place.
-                inside = []
+                inside, split = [], _split(x, parts)
                 for span in spans:
                     factors = self._prepare(x, span.rows, repeats)
-                    part = x.narrow(0, span.start * repeats, len(span.rows) * repeats)
+                    part = split.narrow(0, span.start * repeats, len(span.rows) * repeats)
                     for index, target in site.parts:
                         down, up = factors[index]
                         inside.append((span, target, _per_row(part, down), up))
                 y = inner(x, *args, **kwargs)
+                split = _split(y, parts)
                 for span, target, hidden, up in inside:
-                    part = y.narrow(0, span.start * repeats, len(span.rows) * repeats)
+                    part = split.narrow(0, span.start * repeats, len(span.rows) * repeats)
                     part = part.narrow(-1, target.start, target.out_features)
                     part.add_(_per_row(hidden, up).view(part.shape))
                 return y
@@ -206,6 +238,22 @@ def _per_row(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight)
     return torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
+
+
+def _parts(x: Tensor, site: Site) -> int:
+    """How many times 77 tokens a layer's input (batch, tokens, features) holds."""
+    if x.dim() != 3 or x.shape[1] % CHUNK:
+        raise RuntimeError(
+            f"{site.parts[0][1].name} was called with an input of shape {tuple(x.shape)}, which does not fall into parts of "
+            f"{CHUNK} tokens, so it cannot be told which LoRA of a long prompt belongs where. Another node changes the text "
+            "inside the model; bypass it."
+        )
+    return x.shape[1] // CHUNK
+
+
+def _split(x: Tensor, parts: int) -> Tensor:
+    """(batch, parts * tokens, features) as (batch * parts, tokens, features), without a copy."""
+    return x if parts == 1 else x.view(len(x) * parts, -1, x.shape[-1])
 
 
 def _repeats(x: Tensor, num_rows: int, site: Site) -> int:

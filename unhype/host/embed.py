@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..families import EmbeddingSpec
+from .bypass import CHUNK
 from .tap import LEDGER, VECTORS, tap
 
 if TYPE_CHECKING:
@@ -27,11 +28,13 @@ class EntryEmbeddings:
         rows: pooled vectors, (n, dim), one a row of the entry's states; n is nearly always 1.
         further: vectors of other text in the entry, (m, dim): later 77 tokens, joined or mixed prompts.
         complete: whether they are known to cover all of the entry's text.
+        chunks: one vector for every 77 tokens, in their order, (chunks, dim), if there are several and all are known.
     """
 
     rows: Tensor
     further: Tensor
     complete: bool
+    chunks: Tensor | None = None
 
     def and_also(self, vectors: Tensor) -> EntryEmbeddings:
         """The same with further vectors, (m, dim)."""
@@ -58,8 +61,12 @@ def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
     if rows is None and not further:
         return None
     vectors = torch.cat(further).unique(dim=0) if further else torch.zeros(0, spec.dim)
+    chunks = None
+    # Mixtures, and text that another text model alone was given, have more vectors than chunks.
+    if known is not None and states is not None and states.shape[1] == len(known) * CHUNK:
+        chunks = known if len(known) > 1 else None
     return EntryEmbeddings(
-        vectors[:1] if rows is None else rows, vectors, complete=known is not None
+        vectors[:1] if rows is None else rows, vectors, known is not None, chunks
     )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import Generated, Pack
 from ..gate import Reading
-from ..lora import combine
+from ..lora import LoRAFactors, combine
 from .embed import Entry, EntryEmbeddings, embed_text, read_entry, require_embeddings
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
     """Factors for the rows of one conditioning entry.
 
     Of everything that a row is made from, each concept that fires takes the vector at which it fires most surely, and the
-    factors written for those vectors add up. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
+    factors written for those vectors add up. Where each 77 tokens can have their own LoRA, these are written too. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
     """
     sums, probabilities, fired = [], [], []
     for row in embeddings.rows:
@@ -115,4 +115,14 @@ def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
         fired.append(fires.any(0))
     single = len(sums) == len(sums[0]) == 1
     factors = sums[0][0] if single else combine(sums, sums[0][0].targets)
-    return Generated(factors, Reading(torch.stack(probabilities), torch.stack(fired)))
+    reading = Reading(torch.stack(probabilities), torch.stack(fired))
+    return Generated(factors, reading, _write_chunks(pack, embeddings, reading))
+
+
+def _write_chunks(pack: Pack, embeddings: EntryEmbeddings, reading: Reading) -> LoRAFactors | None:
+    """Factors for every 77 tokens, if the family allows and they explain all that fired."""
+    if embeddings.chunks is None or not pack.info.spec.per_chunk:
+        return None
+    generated = pack.generate(embeddings.chunks)
+    explained = generated.reading.fired.any(0) | ~reading.fired.any(0)
+    return generated.factors if explained.all() else None

@@ -100,7 +100,12 @@ class Guard:
         line = f"{where} {describe(self.pack, generated.reading)}"
         if not generated.factors.active.any():
             return None, line
-        factors = generated.factors.scaled(self.strength)
-        return Payload(
-            self.pack.name, self.branch, factors, self.start_percent, self.end_percent
-        ), line
+        payload = Payload.of(
+            self.pack.name,
+            self.branch,
+            generated,
+            self.strength,
+            self.start_percent,
+            self.end_percent,
+        )
+        return payload, line

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..checkpoint import Generated
 from ..families import Branch
 from ..lora import LoRAFactors
 
@@ -21,8 +22,9 @@ class Payload:
 
     Attributes:
         owner: the pack's name, for messages.
-        factors: one row for each embedding of the entry, strength included.
+        factors: one row for each embedding of the entry, or for each 77 tokens of its text; strength included.
         start_percent, end_percent: the part of sampling in which it acts.
+        per_chunk: whether the rows are for 77 tokens each.
     """
 
     owner: str
@@ -30,12 +32,36 @@ class Payload:
     factors: LoRAFactors
     start_percent: float
     end_percent: float
+    per_chunk: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        owner: str,
+        branch: Branch,
+        generated: Generated,
+        strength: float,
+        start_percent: float,
+        end_percent: float,
+    ) -> Payload:
+        """What was generated for a conditioning entry, ready to travel with it."""
+        chunks = generated.chunks
+        factors = generated.factors if chunks is None else chunks
+        return cls(
+            owner,
+            branch,
+            factors.scaled(strength),
+            start_percent,
+            end_percent,
+            per_chunk=chunks is not None,
+        )
 
     def same_as(self, other: Payload) -> bool:
         """Whether both do the same."""
         mine, others = self.factors, other.factors
         return (
             (self.start_percent, self.end_percent) == (other.start_percent, other.end_percent)
+            and self.per_chunk == other.per_chunk
             and mine.targets == others.targets
             and all(
                 torch.equal(a, b)
