@@ -182,16 +182,6 @@ class Pack:
         factors = self.hypernetwork.generate(embedding, s)
         return Generated(factors.scaled(reading.open.to(factors.scale)), reading)
 
-    def fired_names(self, reading: Reading, row: int = 0) -> list[str]:
-        """Names of the concepts that fired for one prompt."""
-        return [
-            name
-            for name, fired in zip(
-                self.info.concept_names, reading.fired[row].tolist(), strict=True
-            )
-            if fired
-        ]
-
 
 def save(path: Path, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
     """Write a pack; it appears under its name only when whole."""

@@ -420,6 +420,13 @@ def test_percents_in_the_wrong_order_are_refused(world, make_pack, apply) -> Non
         apply(world.model, positive, lora, start_percent=0.6, end_percent=0.4)
 
 
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_a_strength_that_is_no_number_is_refused(world, make_pack, apply, strength: float) -> None:
+    positive = world.encode(CAT)
+    with pytest.raises(ValueError, match="finite number"):
+        apply(world.model, positive, generate(make_pack(), positive), strength=strength)
+
+
 def test_spans_are_the_neighbours_that_have_factors() -> None:
     spans = find_spans([None, 0, 0, None, 1, 2])
     assert [(span.start, span.rows) for span in spans] == [(1, (0, 0)), (4, (1, 2))]

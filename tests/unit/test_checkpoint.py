@@ -110,7 +110,7 @@ def test_only_the_named_concepts_stay_active(path: Path) -> None:
     assert pack.active == (False, True)
     reading = pack.at(0.01).generate(torch.randn(4, DIM)).reading
     assert not reading.fired[:, 0].any()
-    assert pack.fired_names(reading) == ["dog"]
+    assert reading.fired[:, 1].any()
 
 
 def test_a_concept_the_pack_lacks_is_named_with_those_it_has(path: Path) -> None:

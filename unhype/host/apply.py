@@ -59,6 +59,8 @@ def apply(
     """
     if strength == 0:
         return model, conditioning
+    if not math.isfinite(strength):
+        raise ValueError(f"strength must be a finite number, got {strength}.")
     if start_percent > end_percent:
         raise ValueError(
             f"start_percent must not be larger than end_percent, got {start_percent} and {end_percent}."
