@@ -19,6 +19,7 @@ from unhype.checkpoint import BaseFingerprint, ConceptInfo, Pack, PackInfo
 from unhype.families import family_of_host_class
 from unhype.gate import Gate, GateConfig
 from unhype.host.bypass import find_targets
+from unhype.host.guard import warn_once
 from unhype.host.locate import cache_dir, use_as_library
 from unhype.host.tap import LEDGER
 from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
@@ -141,8 +142,9 @@ def make_pack(world: World, tmp_path_factory: pytest.TempPathFactory) -> MakePac
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> None:
-    """Prompts that one test encodes are unknown to the next."""
+    """Prompts that one test encodes are unknown to the next, and warnings come again."""
     LEDGER.clear()
+    warn_once.cache_clear()
 
 
 @pytest.fixture(scope="module", params=TINY)

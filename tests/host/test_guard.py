@@ -159,7 +159,8 @@ def test_a_conditioning_that_cannot_be_read_in_full_is_refused_or_warned_of(
     assert not any("forward" in m.__dict__ for m in world.model.model.diffusion_model.modules())
     with caplog.at_level(logging.WARNING, "unhype"):
         run(lax.model, foreign, negative)
-    assert "can't be read" in caplog.text
+        run(lax.model, foreign, negative)
+    assert caplog.text.count("can't be read") == 1
     # Encoded by another CLIP: its pooled vector is read, the rest is unknown.
     with pytest.raises(ValueError, match="only in part"):
         run(strict.model, world.encode("a cat by the sea"), negative)

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from ..checkpoint import Pack
@@ -93,7 +94,7 @@ class Guard:
             )
             if self.strict:
                 raise ValueError(f"{problem} Nothing was sampled, because the guard is strict.")
-            log.warning(problem)
+            warn_once(problem)
         if found is None:
             return None, f"{where} unread"
         generated = write_entry(self.pack, found)
@@ -109,3 +110,9 @@ class Guard:
             self.end_percent,
         )
         return payload, line
+
+
+@cache
+def warn_once(problem: str) -> None:
+    """Say it in the log, the first time."""
+    log.warning(problem)
