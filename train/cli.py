@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,7 @@ import torch
 import typer
 from accelerate import PartialState
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -28,16 +31,24 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from train import calibrate as calibration
+from train import export as exporting
 from train.config import ConfigError, TrainConfig, load_config
+from train.denoiser import DenoiserLike
 from train.loop import Event, Report
-from train.run import TrainingDivergedError, TrainingInterrupted
+from train.plan import Plan, estimate
+from train.run import EMBEDDED_AT_ONCE, TrainingDivergedError, TrainingInterrupted
 from train.run import train as run
+from train.shorthand import Shorthand, write_settings
 from unhype import checkpoint
-from unhype.checkpoint import CheckpointError, PackInfo
-from unhype.host.denoise import CheckpointRefusedError
-from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError
+from unhype.checkpoint import CheckpointError, Pack, PackInfo
+from unhype.host.denoise import CheckpointRefusedError, Denoiser
+from unhype.host.generate import describe
+from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError, has_accelerator
+from unhype.lora import Spelling
 
 log = logging.getLogger("unhype")
+Rows = Iterable[tuple[str, str]]
 
 app = typer.Typer(
     add_completion=False,
@@ -55,36 +66,127 @@ BAD_INPUT_ERRORS = (
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
+MaybeConfigPath = Annotated[
+    Path | None,
+    typer.Argument(metavar="CONFIG", help="YAML file of the run, in place of the options below."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Override a value, e.g. train.lr=1e-3; repeatable."
     ),
 ]
+ComfyUIPath = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of ComfyUI; by default COMFYUI_PATH, the one around this pack, or the cached copy."
+    ),
+]
+CheckpointOption = Annotated[
+    Path | None, typer.Option("--checkpoint", metavar="FILE", help="The model file ComfyUI loads.")
+]
+EraseOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--erase",
+        metavar="PHRASES",
+        help='What a concept is called, e.g. "cat, kitty"; the first names it. Repeatable: a concept each.',
+    ),
+]
+AnchorOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--anchor",
+        metavar="PHRASE",
+        help="What is drawn instead; one for all concepts, or one for each.",
+    ),
+]
+RetainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--retain",
+        metavar="FILE|WORDS",
+        help='What stays: a text file, or "dog, bus"; by default ordinary things.',
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", metavar="FILE", help="The pack to write; by default named after the concepts."
+    ),
+]
+PackPath = Annotated[Path, typer.Argument(metavar="PACK", help="A pack (.safetensors).")]
+ModelPath = Annotated[
+    Path,
+    typer.Option("--checkpoint", metavar="FILE", help="The model file the pack was trained on."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
 
 
 @app.command()
 def train(
-    config: ConfigPath,
+    config: MaybeConfigPath = None,
+    model: CheckpointOption = None,
+    erase: EraseOption = None,
+    anchor: AnchorOption = None,
+    retain: RetainOption = None,
+    output: OutputOption = None,
     overrides: Overrides = None,
-    comfyui: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of ComfyUI; by default COMFYUI_PATH, the one around this pack, or the cached copy."
-        ),
-    ] = None,
+    comfyui: ComfyUIPath = None,
 ) -> None:
     """Train a pack. Interrupted with Ctrl-C, the same command goes on where it stopped.
+
+    unhype train CONFIG
+
+    unhype train --checkpoint model.safetensors --erase "cat, kitty" --anchor "an empty meadow"
 
     On several devices: accelerate launch -m train.cli train CONFIG
     """
     with _errors_as_sentences():
-        settings = _load(config, overrides)
+        words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
+        settings = _settings(config, words, overrides)
+        is_main = PartialState(cpu=not has_accelerator()).is_main_process
+        if config is None and is_main:
+            file = write_settings(settings)
+            print(
+                f"The settings are in {file}: look through its retain list; `unhype train {file}` repeats the run.",
+                file=sys.stderr,
+            )
         with _progress(Console(stderr=True)) as report:
             result = run(settings, progress=report, comfyui=comfyui)
-        if PartialState().is_main_process:
+        if is_main:
             size = result.path.stat().st_size / 1024
             print(f"{result.path} ({size:.0f} KiB) after {result.seconds:.0f} s")
+
+
+@app.command()
+def plan(
+    config: MaybeConfigPath = None,
+    model: CheckpointOption = None,
+    erase: EraseOption = None,
+    anchor: AnchorOption = None,
+    retain: RetainOption = None,
+    output: OutputOption = None,
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+    comfyui: ComfyUIPath = None,
+) -> None:
+    """Say what a run would cost: load the model, time a few real steps, write nothing.
+
+    Takes what `train` takes.
+    """
+    with _errors_as_sentences():
+        words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
+        settings = _settings(config, words, overrides)
+        with _progress(Console(stderr=True)) as report:
+            begin = time.monotonic()
+            denoiser = _load_model(settings.checkpoint, comfyui, report)
+            seconds = time.monotonic() - begin
+            found = estimate(settings, denoiser, load_seconds=seconds, progress=report)
+        if as_json:
+            print(json.dumps({"total_seconds": found.total_seconds, **asdict(found)}, indent=2))
+        else:
+            _show(f"Plan for {settings.output.name}", _describe_plan(found))
 
 
 @app.command()
@@ -99,61 +201,277 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def inspect(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A pack (.safetensors).")],
-    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+def calibrate(
+    file: PackPath,
+    model: ModelPath,
+    captions: Annotated[Path, typer.Option(metavar="FILE", help="Ordinary captions, one a line.")],
+    budget: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the captions that may fire.")
+    ] = 0.001,
+    as_json: AsJson = False,
+    comfyui: ComfyUIPath = None,
 ) -> None:
+    """Choose the pack's threshold anew, so that at most a share of ordinary captions fires.
+
+    Of the thresholds that keep the budget, the one that misses least; the pack is written again with it.
+    """
+    with _errors_as_sentences():
+        pack = checkpoint.load(file)
+        lines = calibration.read_captions(captions, pack.info)
+        _warn_of_few(len(lines.texts), budget)
+        with _progress(Console(stderr=True)) as report:
+            denoiser = _load_model(model, comfyui, report)
+            _check_family(pack, denoiser)
+            embed = calibration.in_batches(
+                denoiser.embed_pooled,
+                EMBEDDED_AT_ONCE,
+                lambda step, total: report(Event("reading captions and prompts", step, total)),
+            )
+            found = calibration.recalibrate(pack, embed, lines.texts, budget)
+        calibration.write(file, pack, found, lines, captions.name)
+        if as_json:
+            left_out = {
+                "num_mentioning": lines.num_mentioning,
+                "num_trained": lines.num_trained,
+            }
+            print(json.dumps({"pack": str(file), **left_out, **asdict(found)}, indent=2))
+        else:
+            _show(file.name, _describe_calibration(found, lines))
+
+
+@app.command()
+def export(
+    file: PackPath,
+    model: ModelPath,
+    prompt: Annotated[str, typer.Option(help="The prompt whose LoRA is written.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="The LoRA file to write.")
+    ],
+    spelling: Annotated[
+        Spelling, typer.Option(help="How its tensors are named; ComfyUI reads all three.")
+    ] = Spelling.HOST,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write it even if nothing fires for the prompt.")
+    ] = False,
+    comfyui: ComfyUIPath = None,
+) -> None:
+    """Write the LoRA that a pack makes of one prompt, as an ordinary LoRA file without a gate."""
+    with _errors_as_sentences():
+        pack = checkpoint.load(file)
+        if output.resolve() in {file.resolve(), model.resolve()}:
+            raise ConfigError(
+                f"--output is {output}, which the LoRA would overwrite. Give another."
+            )
+        with _progress(Console(stderr=True)) as report:
+            denoiser = _load_model(model, comfyui, report)
+            _check_family(pack, denoiser)
+            embedding = denoiser.embed_pooled([prompt]).cpu()
+        reading = exporting.export(pack, prompt, embedding, output, spelling, force=force)
+        print(f"{output} ({output.stat().st_size / 1024:.0f} KiB): {describe(pack, reading)}")
+
+
+@app.command()
+def inspect(file: PackPath, as_json: AsJson = False) -> None:
     """Show what a pack says of itself."""
     with _errors_as_sentences():
         info = checkpoint.read_info(file)
         if as_json:
             print(json.dumps({"bytes": file.stat().st_size, **checkpoint.to_plain(info)}, indent=2))
         else:
-            Console().print(_describe(file, info))
+            _show(file.name, _describe(file, info))
+
+
+def _settings(config: Path | None, words: Shorthand, overrides: list[str] | None) -> TrainConfig:
+    """The config of a file, or of the options that stand for one."""
+    if config is None and not words.options:
+        raise ConfigError(
+            "Nothing says what to train. Give a config file, or --checkpoint, --erase and --anchor."
+        )
+    if config is None:
+        return _with_checkpoint(words.config(overrides or []))
+    if words.options:
+        raise ConfigError(
+            f"Give the config file {config} or {', '.join(words.options)}, not both. To change a value of the file for one "
+            "run use --set, for example --set output=other.safetensors."
+        )
+    return _load(config, overrides)
 
 
 def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
     """A config whose checkpoint is there."""
-    settings = load_config(config, overrides or [])
+    return _with_checkpoint(load_config(config, overrides or []), f"{config}: ")
+
+
+def _with_checkpoint(settings: TrainConfig, source: str = "") -> TrainConfig:
     if not settings.checkpoint.is_file():
         raise ConfigError(
-            f"{config}: there is no checkpoint {settings.checkpoint}. Give the file that ComfyUI loads."
+            f"{source}there is no checkpoint {settings.checkpoint}. Give the file that ComfyUI loads."
         )
     return settings
 
 
-def _describe(file: Path, info: PackInfo) -> Table:
-    table = Table(title=file.name, show_header=False, title_justify="left")
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+def _load_model(path: Path, comfyui: Path | None, report: Report) -> DenoiserLike:
+    report(Event("loading the model", 0, 1))
+    denoiser = Denoiser.load(path, comfyui)
+    report(Event("loading the model", 1, 1))
+    return denoiser
+
+
+def _check_family(pack: Pack, denoiser: DenoiserLike) -> None:
+    """A pack reads prompts by its own family's text encoder, and changes layers of its own family."""
+    info, name = pack.info, denoiser.fingerprint.name
+    if denoiser.family != info.spec:
+        raise ConfigError(
+            f"{pack.name} was trained for {info.spec.title}, but {name} is {denoiser.family.title}. "
+            f"Give {info.base.name} or a model like it."
+        )
+    if denoiser.fingerprint.digest != info.base.digest:
+        log.warning(
+            "%s was trained on %s, not on %s. That works as far as their text encoders agree.",
+            pack.name,
+            info.base.name,
+            name,
+        )
+
+
+def _warn_of_few(num: int, budget: float) -> None:
+    """Nothing fired of n says only, with 95 % certainty, that at most 3 / n do."""
+    if num * budget < 3:
+        log.warning(
+            "%d captions are few for a budget of %g: even if none of them fires, up to %.2g %% of others may. "
+            "To be sure of the budget give %s or more.",
+            num,
+            budget,
+            100 * min(1, 3 / num),
+            f"{3 / budget:,.0f}" if budget else "as many as there are",
+        )
+
+
+def _describe_plan(found: Plan) -> Rows:
+    seconds = found.seconds
+    steps = found.step_seconds
+    yield "training time", f"about {_duration(found.total_seconds)} on {found.device}"
+    for part, value in seconds.items():
+        yield f"  {part}", _duration(value)
+    yield "measured", ", ".join(f"{name} {_short(value)}" for name, value in steps.items())
+    for name, memory in (
+        ("memory", found.memory),
+        (f"memory of {found.device}", found.device_memory),
+    ):
+        if memory:
+            yield (
+                f"peak {name}",
+                f"{_size(memory.measured)} now, at most about {_size(memory.expected)}",
+            )
+    yield (
+        "trajectories",
+        f"{_size(found.pool_bytes)} in memory, {_size(found.pool_file_bytes)} on disk while it runs",
+    )
+    yield "saved state", f"{_size(found.state_bytes)} on disk while it runs"
+    yield "pack", f"{found.pack_bytes:,} bytes, {found.weight_bytes:,} of them weights"
+    yield (
+        "changes",
+        f"{found.target_modules} target modules with {found.target_parameters:,} parameters",
+    )
+    yield (
+        "trains",
+        f"{found.hypernetwork_parameters:,} parameters of the hypernetwork, {found.gate_parameters:,} of the gate",
+    )
+
+
+def _describe_calibration(found: calibration.Recalibration, captions: calibration.Captions) -> Rows:
+    before, after = found.before, found.calibration
+    yield "threshold", f"{found.threshold:.4g}, was {found.old_threshold:.4g}"
+    yield (
+        "captions that fire",
+        f"{after.false_fire_rate:.3%} of {after.num_negatives}, were {before.false_fire_rate:.3%}",
+    )
+    yield (
+        "left out",
+        f"{captions.num_mentioning} that mention an erased phrase, {captions.num_trained} retained in training",
+    )
+    yield (
+        "prompts missed",
+        f"{after.miss_rate:.1%} of {after.num_positives} that ask for a target, were {before.miss_rate:.1%}",
+    )
+    if len(found.missed) > 1:
+        for name, rate in found.missed.items():
+            yield f"  {name}", f"{rate:.1%}"
+    for caption, probability in found.loudest.items():
+        yield (
+            f"{'fires' if probability >= found.threshold else 'nearest'} ({probability:.2f})",
+            caption,
+        )
+    curve = found.curve
+    points = zip(curve.threshold, curve.false_fire_rate, curve.miss_rate, strict=True)
+    yield "threshold", "captions that fire, prompts missed"
+    for threshold, fires, missed in points:
+        mark = "  <" if threshold == found.threshold else ""
+        yield f"  {threshold:.4f}", f"{fires:8.3%} {missed:7.1%}{mark}"
+
+
+def _describe(file: Path, info: PackInfo) -> Rows:
     for concept in info.concepts:
-        table.add_row(
+        yield (
             "erases",
             f"{concept.name} ({', '.join(concept.target)}), draws {concept.anchor!r} instead",
         )
     network = info.hypernetwork
-    table.add_row("for", f"{info.spec.title}, trained on {info.base.name} [{info.base.digest}]")
-    table.add_row(
+    yield "for", f"{info.spec.title}, trained on {info.base.name} [{info.base.digest}]"
+    yield (
         "hypernetwork",
         f"{network.architecture.value}, rank {network.rank}, hidden {network.hidden_dim}, S = {network.num_steps}, "
         f"{len(info.targets)} target modules, {file.stat().st_size / 1024:.0f} KiB",
     )
-    table.add_row("gate", f"fires from probability {info.gate.threshold:g}")
+    yield "gate", f"fires from probability {info.gate.threshold:g}"
     if info.calibration:
         c = info.calibration
-        table.add_row(
+        yield (
             "calibration",
-            f"{c.false_fire_rate:.2%} of {c.num_negatives} held-back other prompts fire, "
-            f"{c.miss_rate:.2%} of {c.num_positives} held-back target prompts do not",
+            f"{c.false_fire_rate:.2%} of {c.num_negatives} other prompts fire, "
+            f"{c.miss_rate:.2%} of {c.num_positives} target prompts do not",
         )
     for name, value in info.metrics.items():
-        table.add_row(name, f"{value:.4g}" if isinstance(value, float) else str(value))
-    table.add_row(
-        "training", f"config {info.training_digest[:12]}, seed {info.training.get('seed')}"
-    )
-    table.add_row("version", info.version)
-    table.add_row("license", info.license or "not stated")
-    return table
+        if isinstance(value, dict):
+            yield name, f"{', '.join(value)}: see --json"
+        else:
+            yield name, f"{value:.4g}" if isinstance(value, float) else str(value)
+    yield "training", f"config {info.training_digest[:12]}, seed {info.training.get('seed')}"
+    yield "version", info.version
+    yield "license", info.license or "not stated"
+
+
+def _show(title: str, rows: Rows) -> None:
+    """A table on a terminal; elsewhere a line a row, its name and its value with a tab between."""
+    if not sys.stdout.isatty():
+        for name, value in rows:
+            print(f"{name.strip()}\t{value}")
+        return
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for name, value in rows:
+        table.add_row(escape(name), escape(value))
+    Console().print(table)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+
+
+def _size(num_bytes: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if num_bytes >= 2**power:
+            return f"{num_bytes / 2**power:.1f} {unit}"
+    return f"{num_bytes / 2**10:.0f} KiB"
 
 
 @contextmanager
@@ -192,7 +510,9 @@ def _progress(console: Console) -> Iterator[Report]:
 @contextmanager
 def _errors_as_sentences() -> Iterator[None]:
     """Say what is wrong on stderr, without a traceback, and end with the exit code of its kind."""
-    logging.basicConfig(level=logging.WARNING)
+    # ComfyUI's warnings are about what training does not use.
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    log.setLevel(logging.WARNING)
     try:
         yield
     except ComfyUINotFoundError as error:
@@ -201,7 +521,9 @@ def _errors_as_sentences() -> Iterator[None]:
         code, text = BAD_INPUT, str(error)
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         code = INTERRUPTED
-        text = str(error) or "Stopped at once. The same command goes on from the last saved state."
+        text = str(error) or (
+            "Stopped at once. The same command starts again; a training goes on from its last saved state."
+        )
     except torch.OutOfMemoryError:
         code = FAILED
         text = (

@@ -67,7 +67,13 @@ def gather(config: TrainConfig, embed: Embed) -> GateMaterial:
 def train_gate(
     config: TrainConfig, material: GateMaterial, tick: Callable[[int, int], None]
 ) -> tuple[Gate, Calibration]:
-    """Train on noisy embeddings, half of them positives; then put the threshold at probability 0.5."""
+    """Train the gate, then put its threshold at probability 0.5."""
+    gate = fit_gate(config, material, tick)
+    return gate, calibrate(gate, material, config)
+
+
+def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, int], None]) -> Gate:
+    """Train on noisy embeddings, half of them positives."""
     settings = config.gate
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -98,7 +104,7 @@ def train_gate(
         loss.backward()
         optimizer.step()
         tick(step + 1, settings.steps)
-    return gate.eval(), calibrate(gate, material, config)
+    return gate.eval()
 
 
 @torch.no_grad()

@@ -1,0 +1,399 @@
+"""What a run will cost, from a few of its own steps: ``estimate(config, denoiser)``."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from unhype import checkpoint
+from unhype.checkpoint import ConceptInfo, PackInfo, to_plain
+from unhype.gate import Gate
+from unhype.host.locate import has_accelerator
+from unhype.host.text import TextBatch
+from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
+
+from .config import ConfigError, TrainConfig
+from .denoiser import DenoiserLike, check_gradient
+from .gate import GateMaterial, fit_gate, gather
+from .loop import Event, Report, Setting, run_loop
+from .objectives import MEASURED_BATCHES, Material, Objective, make_objective
+from .prompts import forget_prompts
+from .run import CORNER, EMBEDDED_AT_ONCE
+from .trajectories import Pool, collect
+
+Value = TypeVar("Value")
+
+SAMPLE = 128
+"""Prompts that are read to time reading."""
+GATE_STEPS = 20
+ENOUGH, MOST_REPEATS = 3.0, 5
+"""What takes so many seconds is timed once; anything else up to so many times."""
+FORWARD_SHARE = 1 / 3
+"""Of a training step, what a prediction without a gradient takes."""
+MEASURED_LENGTH = 400
+"""Bytes of a pack's description that hold measured figures, and so are not known before."""
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: the peak while planning, and what the run is expected to need at most."""
+
+    measured: int
+    expected: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost.
+
+    Attributes:
+        step_seconds: what one step of each kind took.
+        seconds: what each part of the run is expected to take.
+        target_parameters: weights of the layers that get LoRA; they are only read.
+        pool_bytes: of the collected trajectories, in memory; ``pool_file_bytes`` on disk, while the run lasts.
+        state_bytes: of the file that an interrupted run goes on from.
+        pack_bytes: of the finished file: ``weight_bytes`` are exact, the description around them to a few hundred.
+        memory, device_memory: of the process, and on its accelerator if there is one.
+    """
+
+    device: str
+    step_seconds: Mapping[str, float]
+    seconds: Mapping[str, float]
+    target_modules: int
+    target_parameters: int
+    hypernetwork_parameters: int
+    gate_parameters: int
+    pool_bytes: int
+    pool_file_bytes: int
+    state_bytes: int
+    pack_bytes: int
+    weight_bytes: int
+    memory: Memory
+    device_memory: Memory | None
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+
+def estimate(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    *,
+    load_seconds: float = 0.0,
+    progress: Report | None = None,
+) -> Plan:
+    """Take a few real steps of every stage, at the run's own sizes, and multiply. Nothing is written.
+
+    Args:
+        load_seconds: what loading the model took.
+
+    Raises:
+        ConfigError: it runs in several processes.
+        WrongGradientError: the model cannot be trained with this version of ComfyUI.
+    """
+    processes = PartialState(cpu=not has_accelerator())
+    if processes.num_processes > 1:
+        raise ConfigError("A plan is made in one process; run it without `accelerate launch`.")
+    report = progress or (lambda event: None)
+    clock = Clock(denoiser.device)
+
+    report(Event("reading some prompts", 0, 1))
+    texts, material = _gate_texts(config, denoiser)
+    sample = random.Random(0).sample(texts, min(SAMPLE, len(texts)))
+    prompt, _ = clock.time(lambda: denoiser.embed_pooled(sample))
+    prompt /= len(sample)
+
+    report(Event("some steps of the gate", 0, 1))
+    few = _changed(config, "gate", steps=GATE_STEPS)
+    gate_step, gate = clock.time(lambda: fit_gate(few, material, lambda *_: None))
+    gate_step /= GATE_STEPS
+
+    report(Event("some steps of a trajectory", 0, 1))
+    rollout_step, rollouts, pool = _trajectories(config, denoiser, clock)
+
+    report(Event("some steps of training", 0, 1))
+    setting = Setting("plan", processes, lambda event: None, threading.Event())
+    hypernetwork = _new_hypernetwork(config, denoiser, material)
+    objective = _objective(config, denoiser, hypernetwork, pool, material)
+    check, _ = clock.once(lambda: _check(denoiser, pool))
+    training_step = _training_step(config, setting, hypernetwork, objective, clock)
+    with (
+        torch.no_grad()
+    ):  # the largest batch that a run writes LoRA for; it may need more memory than a step
+        hypernetwork.generate(
+            material.negatives[:EMBEDDED_AT_ONCE].to(denoiser.device)
+        ).squared_norm()
+
+    pool_bytes = _pool_bytes(pool, config)
+    memory, device_memory = _memory(denoiser.device, pool_bytes)
+    weights, description = _pack_bytes(config, denoiser, hypernetwork, gate)
+    parameters = _count(hypernetwork)
+    return Plan(
+        device=str(denoiser.device),
+        step_seconds={
+            "reading a prompt": prompt,
+            "gate": gate_step,
+            "rollout": rollout_step,
+            "training": training_step,
+        },
+        seconds={
+            "loading the model": load_seconds,
+            "reading prompts": prompt * len(texts),
+            "training the gate": gate_step * config.gate.steps,
+            "collecting trajectories": rollouts,
+            "checking the gradient": check,
+            "training the hypernetwork": training_step * config.train.steps,
+            "measuring": training_step * FORWARD_SHARE * MEASURED_BATCHES,
+        },
+        target_modules=len(denoiser.targets),
+        target_parameters=sum(t.in_features * t.out_features for t in denoiser.targets),
+        hypernetwork_parameters=parameters,
+        gate_parameters=_count(gate),
+        pool_bytes=pool_bytes,
+        pool_file_bytes=pool_bytes + header_bytes(pool.tensors(), {}),
+        state_bytes=parameters * torch.float32.itemsize * (4 if config.train.ema else 3),
+        pack_bytes=weights + description,
+        weight_bytes=weights,
+        memory=memory,
+        device_memory=device_memory,
+    )
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Times what a device does."""
+
+    device: torch.device
+
+    def once(self, action: Callable[[], Value]) -> tuple[float, Value]:
+        """Seconds, and what the action returned."""
+        self._wait()
+        begin = time.perf_counter()
+        result = action()
+        self._wait()
+        return time.perf_counter() - begin, result
+
+    def time(self, action: Callable[[], Value]) -> tuple[float, Value]:
+        """The same, after a first time to warm up, and the quickest of some if it is quick."""
+        seconds, result = self.once(action)
+        if seconds < ENOUGH:
+            repeats = min(MOST_REPEATS, 1 + int(ENOUGH / max(seconds, 1e-6)))
+            timed = [self.once(action) for _ in range(repeats)]
+            seconds, result = min(timed, key=lambda one: one[0])
+        return seconds, result
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _gate_texts(config: TrainConfig, denoiser: DenoiserLike) -> tuple[list[str], GateMaterial]:
+    """All prompts of the gate, and random vectors in their place: what the gate learns takes no other time."""
+    texts: list[str] = []
+    generator = torch.Generator().manual_seed(config.seed)
+
+    def note(batch: list[str]) -> Tensor:
+        texts.extend(batch)
+        return torch.randn(len(batch), denoiser.family.embedding.dim, generator=generator)
+
+    material = gather(config, note)
+    return texts, material
+
+
+def _trajectories(
+    config: TrainConfig, denoiser: DenoiserLike, clock: Clock
+) -> tuple[float, float, Pool]:
+    """Seconds of a rollout step and of all rollouts, and a pool of one batch with one state each."""
+    settings = config.trajectories
+    size = min(settings.batch_size, settings.rollouts)
+    rng = random.Random(f"unhype plan {config.seed}")
+    pairs = [(p.text, p.anchor) for p in forget_prompts(config, size, rng=rng)]
+    short = settings.model_copy(update={"steps": 1, "states": 1})
+    first, pool = clock.time(
+        lambda: collect(denoiser, pairs, short, seed=config.seed, tick=lambda *_: None)
+    )
+    text = pool.text.rows(pool.prompt)
+    with torch.no_grad():
+        prediction, _ = clock.time(lambda: denoiser.predict(pool.latents, pool.sigmas, text, None))
+    steps = min(2, settings.steps - 1)
+    rollout_step = 0.0
+    if steps:
+        seconds, _ = clock.time(
+            lambda: denoiser.rollout(
+                text,
+                steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                seed=config.seed,
+                size=settings.size,
+                stop_indices=[steps],
+            )
+        )
+        rollout_step = seconds / steps
+    # The last state lies on average in the middle of the last of the equal stretches; each state is predicted for twice.
+    length = settings.steps * (1 - 0.5 / settings.states)
+    batch = first + 2 * prediction * (settings.states - 1) + rollout_step * length
+    batches = (settings.rollouts + settings.retain_rollouts) / size
+    return rollout_step, batch * batches, pool
+
+
+def _check(denoiser: DenoiserLike, pool: Pool) -> None:
+    """Make sure of the gradient, as a run does before its first step."""
+    text = pool.text.rows(pool.prompt[:1])
+    check_gradient(denoiser, pool.latents[:1, :, :CORNER, :CORNER], pool.sigmas[:1], text)
+
+
+def _objective(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    hypernetwork: Hypernetwork,
+    pool: Pool,
+    material: GateMaterial,
+) -> Objective:
+    return make_objective(
+        config.objective,
+        hypernetwork=hypernetwork,
+        denoiser=denoiser,
+        material=Material(
+            pool,
+            pool if config.trajectories.retain_rollouts else None,
+            material.negatives.to(denoiser.device),
+        ),
+    )
+
+
+def _training_step(
+    config: TrainConfig,
+    setting: Setting,
+    hypernetwork: Hypernetwork,
+    objective: Objective,
+    clock: Clock,
+) -> float:
+    """Seconds of a step of the run's own loop."""
+    # Nothing beside the output has this name, and so few steps are not saved: nothing is read or written.
+    nowhere = config.output.with_name(f".{config.output.stem}.plan.safetensors")
+
+    def run(num: int) -> None:
+        few = _changed(config, "train", steps=num, save_every=num)
+        run_loop(few.model_copy(update={"output": nowhere}), setting, hypernetwork, objective)
+
+    seconds, _ = clock.once(lambda: run(1))
+    if seconds < ENOUGH:
+        seconds = clock.once(lambda: run(MOST_REPEATS))[0] / MOST_REPEATS
+    return seconds
+
+
+def _new_hypernetwork(
+    config: TrainConfig, denoiser: DenoiserLike, material: GateMaterial
+) -> Hypernetwork:
+    settings = config.network
+    sizes = HypernetworkConfig(
+        settings.architecture,
+        denoiser.family.embedding.dim,
+        settings.rank,
+        settings.hidden_dim,
+        settings.num_steps,
+    )
+    with torch.random.fork_rng(devices=[]):
+        hypernetwork = make_hypernetwork(sizes, denoiser.targets)
+    hypernetwork.standardize.fit(material.negatives)
+    return hypernetwork.to(denoiser.device)
+
+
+def _pool_bytes(pool: Pool, config: TrainConfig) -> int:
+    """What the pools of a whole run hold, from one with one state a prompt."""
+    settings = config.trajectories
+    of_prompt = {field.name for field in fields(TextBatch)}
+    one = sum(
+        tensor.nbytes // len(tensor) * (1 if name in of_prompt else settings.states)
+        for name, tensor in pool.tensors().items()
+    )
+    return one * (settings.rollouts + settings.retain_rollouts)
+
+
+def _pack_bytes(
+    config: TrainConfig, denoiser: DenoiserLike, hypernetwork: Hypernetwork, gate: Gate
+) -> tuple[int, int]:
+    """Sizes of a pack's weights and of the description before them."""
+    stored = {
+        checkpoint.HYPERNETWORK + name: value.to(
+            "meta", value.dtype if name.startswith("standardize.") else checkpoint.STORED
+        )
+        for name, value in hypernetwork.state_dict().items()
+    } | {checkpoint.GATE + name: value.to("meta") for name, value in gate.state_dict().items()}
+    info = PackInfo(
+        family=denoiser.family.name,
+        base=denoiser.fingerprint,
+        hypernetwork=hypernetwork.config,
+        targets=denoiser.targets,
+        gate=gate.config,
+        concepts=tuple(ConceptInfo(c.name, c.target, c.anchor) for c in config.concepts),
+        training=config.plain(),
+        training_digest=config.digest(),
+        version=metadata.version("unhype"),
+        license=config.license,
+    )
+    described = {checkpoint.CONFIG_KEY: json.dumps(to_plain(info))}
+    return sum(value.nbytes for value in stored.values()), (
+        header_bytes(stored, described) + MEASURED_LENGTH
+    )
+
+
+def header_bytes(tensors: Mapping[str, Tensor], described: Mapping[str, str]) -> int:
+    """Size of what a safetensors file holds before its tensors."""
+    header: dict[str, object] = {"__metadata__": described} if described else {}
+    start = 0
+    for name, tensor in tensors.items():
+        end = start + tensor.nbytes
+        shape = list(tensor.shape)
+        header[name] = {
+            "dtype": DTYPES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return 8 + -(-len(text) // 8) * 8
+
+
+def _memory(device: torch.device, pool_bytes: int) -> tuple[Memory, Memory | None]:
+    """Host and device; the whole pool comes on top of what was measured, and a copy of it while it is written."""
+    host = _peak_rss()
+    if device.type != "cuda":
+        return Memory(host, host + 2 * pool_bytes), None
+    reserved = torch.cuda.max_memory_reserved(device)
+    return Memory(host, host + pool_bytes), Memory(reserved, reserved + pool_bytes)
+
+
+def _peak_rss() -> int:
+    """The most memory, in bytes, that this process has had."""
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _changed(config: TrainConfig, section: str, **values: object) -> TrainConfig:
+    """The config with some values of a section replaced."""
+    part = getattr(config, section).model_copy(update=values)
+    return config.model_copy(update={section: part})
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
