@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
@@ -17,8 +18,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
+    SerializerFunctionWrapHandler,
     ValidationError,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -67,6 +71,15 @@ def _to_number(value: object) -> object:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
+
+
+def _to_eta(value: object) -> object:
+    number = _to_number(value)
+    if value == "auto":
+        return value
+    if isinstance(number, float | int) and not isinstance(number, bool) and 0 < number < math.inf:
+        return float(number)
+    raise ValueError(f"got {value!r}, expected auto or a number above 0")
 
 
 Phrase = Annotated[str, Field(min_length=1, pattern=r"\S")]
@@ -178,6 +191,27 @@ class ObjectiveName(Enum):
     """How the hypernetwork learns what to write."""
 
     DIRECT = "direct"
+    """Regress predictions onto the anchor's, as far as s / S."""
+    JOINT = "joint"
+    """As the authors' code: the task loss, and steps that match its gradient."""
+    MATCHING = "matching"
+    """As the paper's text: steps that match the gradient of the task loss, alone."""
+
+
+Eta = Annotated[float | Literal["auto"], PlainValidator(_to_eta)]
+
+OBJECTIVE_SETTINGS: Mapping[str, frozenset[ObjectiveName]] = {
+    "full_strength": frozenset({ObjectiveName.DIRECT}),
+    "weight_retention": frozenset({ObjectiveName.DIRECT}),
+    "function_retention": frozenset({ObjectiveName.DIRECT}),
+    "remove_weight": frozenset({ObjectiveName.JOINT, ObjectiveName.MATCHING}),
+    "eta": frozenset({ObjectiveName.JOINT, ObjectiveName.MATCHING}),
+    "retain_weight": frozenset({ObjectiveName.JOINT, ObjectiveName.MATCHING}),
+    "separate_retention": frozenset({ObjectiveName.JOINT}),
+    "retain_steps": frozenset({ObjectiveName.JOINT}),
+    "retain_lr": frozenset({ObjectiveName.JOINT}),
+}
+"""Which objectives a setting belongs to; those that are not here belong to all."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -189,6 +223,12 @@ class ObjectiveConfig(BaseModel):
         weight_retention: factor of the squared LoRA norm of retain prompts.
         retain_batch_size: retain embeddings a step.
         function_retention: factor of the squared change of predictions for retain prompts.
+        remove_weight: factor of the squared distance between steps and eta times the gradient.
+        eta: length of a simulated step, or ``auto``: the one real gradient descent does best with (default of ``matching``).
+        retain_weight: factor of the squared distance that retain prompts move.
+        separate_retention: retention has an optimizer of its own.
+        retain_steps: its steps after each of the other's.
+        retain_lr: its learning rate; that of ``train`` by default.
     """
 
     model_config = STRICT
@@ -199,6 +239,48 @@ class ObjectiveConfig(BaseModel):
     weight_retention: Number = 1e-3
     retain_batch_size: Count = 64
     function_retention: Number = 0.0
+    remove_weight: Number = 10.0
+    eta: Eta = 1e-4
+    retain_weight: Number = 1.0
+    separate_retention: bool = True
+    retain_steps: Count = 1
+    retain_lr: Positive | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _settings_belong_to_it(cls, data: object) -> object:
+        if not isinstance(data, dict):
+            return data
+        try:
+            name = ObjectiveName(data.get("name", ObjectiveName.DIRECT))
+        except ValueError:
+            return data  # the field will say what is wrong
+        for key in data:
+            owners = OBJECTIVE_SETTINGS.get(key, {name})
+            if name not in owners:
+                known = " and ".join(sorted(owner.value for owner in owners))
+                raise ValueError(
+                    f"{key} belongs to {known}, not to {name.value}. Leave it out, or change objective.name"
+                )
+        return {"eta": "auto", **data} if name is ObjectiveName.MATCHING else data
+
+    @model_validator(mode="after")
+    def _settings_are_used(self) -> ObjectiveConfig:
+        unused = [key for key in type(self).model_fields if not self._uses(key)]
+        if given := [key for key in unused if key in self.model_fields_set]:
+            raise ValueError(
+                f"{given[0]} is of the optimizer that separate_retention: false takes away. Leave one of them out"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _used_settings(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        return {key: value for key, value in serialize(self).items() if self._uses(key)}
+
+    def _uses(self, key: str) -> bool:
+        """Whether a setting has an effect."""
+        separate = self.separate_retention or key not in ("retain_steps", "retain_lr")
+        return separate and self.name in OBJECTIVE_SETTINGS.get(key, {self.name})
 
 
 class OptimizerConfig(BaseModel):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from unhype.hypernetwork import Hypernetwork
@@ -75,35 +75,42 @@ def run_loop(
     """
     settings, processes = config.train, setting.processes
     parameters = list(hypernetwork.parameters())
-    optimizer = torch.optim.AdamW(
-        parameters,
-        lr=settings.lr,
-        weight_decay=settings.weight_decay,
-        fused=parameters[0].is_cuda,
-    )
-    schedule = _schedule(settings)
+    optimizers = {
+        f"optimizer{number or ''}": torch.optim.AdamW(
+            parameters, weight_decay=settings.weight_decay, fused=parameters[0].is_cuda
+        )
+        for number in range(len(objective.phases))
+    }
+    turns = [
+        (phase, optimizer)
+        for phase, optimizer in zip(objective.phases, optimizers.values(), strict=True)
+        for _ in range(phase.repeats)
+    ]
     modules: dict[str, nn.Module] = {"hypernetwork": hypernetwork}
     averaged = None
     if settings.ema:
         averaged = AveragedModel(hypernetwork, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         modules["averaged"] = averaged
     path = state.state_path(config.output)
-    start = state.load_state(path, key=setting.key, modules=modules, optimizer=optimizer)
+    start = state.load_state(path, key=setting.key, modules=modules, optimizers=optimizers)
 
     for step in range(start, settings.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step)
-        optimizer.zero_grad()
         generator = _generator(config.seed, step, processes.process_index)
-        values = objective.backward(settings.batch_size, generator)
-        if not math.isfinite(values["loss"]):
-            raise TrainingDivergedError(
-                f"The loss is {values['loss']} at step {step + 1}. Lower train.lr (now {settings.lr}) or "
-                f"objective.negative_guidance, and delete {path} if it is there: it holds a state of this run."
-            )
-        _average_gradients(parameters, processes)
-        nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimizer.step()
+        values: dict[str, float] = {"loss": 0.0}
+        for phase, optimizer in turns:
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(settings, phase.lr or settings.lr, step)
+            optimizer.zero_grad()
+            named = phase.backward(settings.batch_size, generator)
+            values |= {**named, "loss": values["loss"] + named["loss"]}
+            if not math.isfinite(values["loss"]):
+                raise TrainingDivergedError(
+                    f"The loss is {values['loss']} at step {step + 1}. Lower train.lr (now {settings.lr}) or "
+                    f"objective.negative_guidance, and delete {path} if it is there: it holds a state of this run."
+                )
+            _average_gradients(parameters, processes)
+            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            optimizer.step()
         if averaged is not None:
             averaged.update_parameters(hypernetwork)
         done = step + 1
@@ -112,7 +119,9 @@ def run_loop(
         if processes.is_main_process and (
             stopped or (done % settings.save_every == 0 and done < settings.steps)
         ):
-            state.save_state(path, key=setting.key, step=done, modules=modules, optimizer=optimizer)
+            state.save_state(
+                path, key=setting.key, step=done, modules=modules, optimizers=optimizers
+            )
         if stopped:
             raise TrainingInterrupted(
                 f"Interrupted at step {done} of {settings.steps}. Run the same command again to go on."
@@ -142,17 +151,13 @@ def stop_requests() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _schedule(settings: OptimizerConfig) -> Callable[[int], float]:
-    """Learning rate by step: linear warmup, then cosine down to ``final_lr`` of it."""
-
-    def at(step: int) -> float:
-        if step < settings.warmup:
-            return settings.lr * (step + 1) / settings.warmup
-        share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
-        cosine = 0.5 * (1 + math.cos(math.pi * share))
-        return settings.lr * (settings.final_lr + (1 - settings.final_lr) * cosine)
-
-    return at
+def _learning_rate(settings: OptimizerConfig, highest: float, step: int) -> float:
+    """Linear warmup, then cosine down to ``final_lr`` of the highest."""
+    if step < settings.warmup:
+        return highest * (step + 1) / settings.warmup
+    share = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * share))
+    return highest * (settings.final_lr + (1 - settings.final_lr) * cosine)
 
 
 def _generator(seed: int, step: int, process: int) -> torch.Generator:
@@ -161,12 +166,18 @@ def _generator(seed: int, step: int, process: int) -> torch.Generator:
     return torch.Generator().manual_seed(drawn)
 
 
+def average(tensor: Tensor, processes: PartialState) -> Tensor:
+    """The mean over all processes."""
+    if processes.num_processes == 1:
+        return tensor
+    return reduce(tensor, reduction="mean")  # pyright: ignore[reportReturnType]
+
+
 def _average_gradients(parameters: list[nn.Parameter], processes: PartialState) -> None:
     """Give every process the mean of all processes' gradients."""
-    if processes.num_processes > 1:
-        for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = reduce(parameter.grad, reduction="mean")  # pyright: ignore[reportAttributeAccessIssue]
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = average(parameter.grad, processes)
 
 
 def _anyone(yes: bool, processes: PartialState) -> bool:

@@ -7,7 +7,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,14 +33,24 @@ from .loop import (
     Setting,
     TrainingDivergedError,
     TrainingInterrupted,
+    average,
     run_loop,
     stop_requests,
 )
-from .objectives import Material, make_objective
+from .objectives import (
+    Descent,
+    InertError,
+    Material,
+    Objective,
+    Trajectory,
+    check_alive,
+    find_eta,
+    make_objective,
+)
 from .prompts import forget_prompts, retain_prompts, split_vocabulary
 from .trajectories import Pool, collect
 
-__all__ = ["Event", "Result", "TrainingDivergedError", "TrainingInterrupted", "train"]
+__all__ = ["Event", "InertError", "Result", "TrainingDivergedError", "TrainingInterrupted", "train"]
 
 EMBEDDED_AT_ONCE = 256
 CORNER = 8
@@ -86,6 +96,7 @@ def train(
     Raises:
         TrainingInterrupted: SIGINT or SIGTERM came.
         TrainingDivergedError: the loss is no finite number.
+        InertError: the objective left the network without effect.
         WrongGradientError: the model cannot be trained with this version of ComfyUI.
     """
     begin = time.monotonic()
@@ -119,13 +130,16 @@ def train(
             denoiser=denoiser,
             material=Material(forget, retain, material.negatives.to(denoiser.device)),
         )
+        objective, found = _with_eta(config, setting, objective)
         run_loop(config, setting, hypernetwork, objective)
 
     measured = torch.Generator().manual_seed(config.seed)
     metrics = {
         **objective.measure(config.train.batch_size, measured),
         **_norms(hypernetwork, material),
+        **found,
     }
+    _refuse_inert(config, processes, metrics)
     info = PackInfo(
         family=denoiser.family.name,
         base=denoiser.fingerprint,
@@ -142,6 +156,7 @@ def train(
     )
     if processes.is_main_process:
         _finish(config, info, hypernetwork, gate)
+    state.eta_path(config.output, processes.process_index).unlink(missing_ok=True)
     if not config.trajectories.keep:
         state.pool_path(config.output, processes.process_index).unlink(missing_ok=True)
     processes.wait_for_everyone()
@@ -152,6 +167,46 @@ def _finish(config: TrainConfig, info: PackInfo, hypernetwork: Hypernetwork, gat
     """Write the pack, then drop the state: whatever happens in between, one of the two is whole."""
     checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
     state.state_path(config.output).unlink(missing_ok=True)
+
+
+def _with_eta(
+    config: TrainConfig, setting: Setting, objective: Objective
+) -> tuple[Objective, dict[str, float]]:
+    """The objective with its eta measured, or kept from before, where it is to be; and what was found, for the pack."""
+    if not isinstance(objective, Trajectory) or config.objective.eta != "auto":
+        return objective, {}
+    processes = setting.processes
+    path = state.eta_path(config.output, processes.process_index)
+    kept, key = state.read(path) if path.exists() else ({}, {})
+    known = torch.tensor(float(key.get(state.KEY) == setting.key), device=processes.device)
+    if average(known, processes) == 1:  # in all processes, for all must take part in the search
+        found = Descent(float(kept["eta"]), float(kept["loss"]))
+    else:
+        found = find_eta(
+            objective,
+            config.train.batch_size,
+            seed=config.seed,
+            average=lambda tensor: average(tensor, processes),
+            tick=_ticker(setting.report, "measuring eta"),
+        )
+        values = {"eta": found.eta, "loss": found.loss}
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+        state.write(path, tensors, {state.KEY: setting.key})
+    return replace(objective, eta=found.eta), {"eta": found.eta, "oracle_loss": found.loss}
+
+
+def _refuse_inert(
+    config: TrainConfig, processes: PartialState, metrics: Mapping[str, float]
+) -> None:
+    """Let a network without effect end in an error, and leave nothing that other settings could trip over."""
+    values = torch.tensor(list(metrics.values()), device=processes.device)
+    shared = dict(zip(metrics, average(values, processes).tolist(), strict=True))
+    try:
+        check_alive(config.objective, shared)
+    except InertError:
+        state.eta_path(config.output, processes.process_index).unlink(missing_ok=True)
+        state.state_path(config.output).unlink(missing_ok=True)
+        raise
 
 
 def _check(denoiser: DenoiserLike, pool: Pool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from .config import ConfigError
 
-KEY, STEP, GROUPS = "unhype.run", "unhype.step", "unhype.groups"
+KEY, STEP = "unhype.run", "unhype.step"
 
 
 def state_path(output: Path) -> Path:
@@ -25,6 +24,11 @@ def state_path(output: Path) -> Path:
 def pool_path(output: Path, process: int = 0) -> Path:
     """Where a process of it keeps states z_t and predictions."""
     return output.with_suffix(f".pool{process or ''}.safetensors")
+
+
+def eta_path(output: Path, process: int = 0) -> Path:
+    """Where it keeps an eta that was measured."""
+    return output.with_suffix(f".eta{process or ''}.safetensors")
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
@@ -63,7 +67,7 @@ def save_state(
     key: str,
     step: int,
     modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> None:
     """Write all that the loop needs to go on as if it had never stopped."""
     tensors = {
@@ -71,11 +75,11 @@ def save_state(
         for part, module in modules.items()
         for name, value in module.state_dict().items()
     }
-    state = optimizer.state_dict()
-    for index, entry in state["state"].items():
-        for name, value in entry.items():
-            tensors[f"optimizer/{index}/{name}"] = torch.as_tensor(value)
-    write(path, tensors, {KEY: key, STEP: str(step), GROUPS: json.dumps(state["param_groups"])})
+    for part, optimizer in optimizers.items():
+        for index, entry in optimizer.state_dict()["state"].items():
+            for name, value in entry.items():
+                tensors[f"{part}/{index}/{name}"] = torch.as_tensor(value)
+    write(path, tensors, {KEY: key, STEP: str(step)})
 
 
 def load_state(
@@ -83,7 +87,7 @@ def load_state(
     *,
     key: str,
     modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> int:
     """Continue from ``path``; the step to go on with, 0 if there is no state.
 
@@ -98,16 +102,17 @@ def load_state(
             f"{path} belongs to an unfinished run with other settings or another model. Delete it to start afresh, "
             "give another output, or go back to those settings to finish it."
         )
-    moments: dict[int, dict[str, Tensor]] = {}
-    parts: dict[str, dict[str, Tensor]] = {name: {} for name in modules}
+    parts: dict[str, dict[str, Tensor]] = {part: {} for part in (*modules, *optimizers)}
     for name, value in tensors.items():
         part, _, rest = name.partition("/")
-        if part in parts:
-            parts[part][rest] = value
-        else:
-            index, _, entry = rest.partition("/")
+        parts[part][rest] = value
+    for part, module in modules.items():
+        module.load_state_dict(parts[part])
+    for part, optimizer in optimizers.items():
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, value in parts[part].items():
+            index, _, entry = name.partition("/")
             moments.setdefault(int(index), {})[entry] = value
-    for name, module in modules.items():
-        module.load_state_dict(parts[name])
-    optimizer.load_state_dict({"state": moments, "param_groups": json.loads(metadata[GROUPS])})
+        # Its settings are those of the run, which the key stands for.
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     return int(metadata[STEP])

@@ -31,7 +31,9 @@ def stop_this_one(event: Event) -> None:
 
 folder = Path(sys.argv[1])
 whole, broken = (
-    make_config({**tiny.small_data(folder), "output": str(folder / f"{name}.safetensors")})
+    make_config(
+        {**tiny.small_data(folder), "output": str(folder / f"{name}.safetensors")}, sys.argv[2:]
+    )
     for name in ("whole", "broken")
 )
 denoiser = tiny.TinyDenoiser()
