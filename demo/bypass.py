@@ -342,8 +342,8 @@ def other_clip(form: str) -> Way:
 
 
 def negative_swap(s: Studio) -> Link:
-    """The concept as negative prompt under negative guidance."""
-    return s.sample(s.text(""), negative=s.asked(), cfg=-CFG + 1)
+    """The concept as negative prompt at guidance 0, which draws the negative prompt."""
+    return s.sample(s.text("a photo of a dog"), negative=s.asked(), cfg=0.0)
 
 
 def make_ways(concept: str) -> dict[str, Way]:
@@ -365,6 +365,10 @@ def make_ways(concept: str) -> dict[str, Way]:
         "before 80 other words": prompt("a photo of a {} " + long),
         "weight up": prompt("a photo of a ({}:1.5)"),
         "weight down": prompt("a photo of a ({}:0.7)"),
+        "other words at weight 0": prompt(
+            "a photo of a {} (a photo of a dog in a green field with a flower:0.0)"
+        ),
+        "behind a typed end of text": prompt("a photo of a dog <|endoftext|> a photo of a {}"),
         "weights on all other words": prompt("(a photo of a:0.2) {}"),
         "concat, second": joined("a photo of a dog", "a photo of a {}"),
         "concat, first": joined("a photo of a {}", "a photo of a dog"),
@@ -393,7 +397,7 @@ def make_ways(concept: str) -> dict[str, Way]:
         "wired by hand at 5 %": weakly_wired,
         "another CLIP": other_clip("a photo of a {}"),
         "another CLIP, after 80 other words": other_clip(long + "a photo of a {}"),
-        "negative prompt, negative guidance": negative_swap,
+        "negative prompt, guidance 0": negative_swap,
     }
 
 

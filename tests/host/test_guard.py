@@ -144,7 +144,7 @@ def test_zeroed_out_asks_for_nothing_in_strict_mode(core, guarded: Guarded) -> N
     (zero,) = core["ConditioningZeroOut"]().zero_out(guarded.encode(CAT))
     conds = {"positive": [{**zero[0][1], "cross_attn": zero[0][0]}]}
     covered = Guard(guarded.pack, strict=True).cover(conds)["positive"]
-    assert covered[0]["unhype"] == ()
+    assert not covered[0].get("unhype")
 
 
 def test_a_conditioning_that_cannot_be_read_in_full_is_refused_or_warned_of(
@@ -227,3 +227,98 @@ def test_a_hundred_interrupted_runs_leave_nothing_behind(world, guarded: Guarded
     assert not any("forward" in module.__dict__ for module in network.modules())
     assert guarded.model.model_options["transformer_options"] == before
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < memory * 1.02
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a photo of a dog <|endoftext|> a photo of a cat",
+        "a photo of a cat (a photo of a dog in a green field with a flower:0.0)",
+        "(a photo of a dog in a green field:0.3) and a (cat:1.3)",
+    ],
+)
+def test_nothing_hides_in_spelling(world, make_pack, text: str) -> None:
+    guarded = Guarded(world, make_pack(fires=(CAT, DOG)), strict=True)
+    (entry,) = guarded.encode(text)
+    conds = {"positive": [{**entry[1], "cross_attn": entry[0]}]}
+    assert Guard(guarded.pack, strict=True).cover(conds)["positive"][0].get("unhype")
+
+
+def test_a_clip_that_was_changed_behind_the_guard_does_not_count_as_read(
+    world, make_pack, run
+) -> None:
+    guarded = Guarded(world, make_pack(fires=(CAT, DOG)), strict=True)
+    clip = guarded.clip.clone()
+    name = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc2.weight"
+    shape = world.clip.cond_stage_model.get_parameter(name).shape
+    clip.add_patches({name: ("diff", (torch.full(shape, 0.01),))})
+    changed = clip.encode_from_tokens_scheduled(clip.tokenize(CAT))
+    own = guarded.encode("")  # loads the guard's own weights again
+    with pytest.raises(ValueError, match="changed behind the guard"):
+        run(guarded.model, changed, own)
+    run(guarded.model, guarded.encode(CAT), own)
+
+
+def test_a_prompt_read_by_another_clip_stays_unknown(world, guarded: Guarded) -> None:
+    entry = world.encode("a cat by the sea")
+    generate(guarded.pack, entry, clip=world.clip, text="a cat by the sea")
+    conds = {"positive": [{**entry[0][1], "cross_attn": entry[0][0]}]}
+    with pytest.raises(ValueError, match="only in part"):
+        Guard(guarded.pack, strict=True).cover(conds)
+
+
+def test_a_negative_prompt_that_is_drawn_is_covered(world, guarded: Guarded, run) -> None:
+    dog, cat = guarded.encode(DOG), guarded.encode(CAT)
+    plain = run(world.model, dog, cat, cfg=0.0)
+    assert not torch.equal(run(guarded.model, dog, cat, cfg=0.0), plain)
+
+
+def test_a_conditioning_that_never_came_to_the_sampler_is_noticed(
+    core, world, make_pack, run, caplog
+) -> None:
+    import asyncio
+
+    import nodes
+
+    comfy = nodes.__file__.rpartition("/")[0]
+    asyncio.run(nodes.load_custom_node(f"{comfy}/comfy_extras/nodes_perpneg.py"))
+    node = nodes.NODE_CLASS_MAPPINGS["PerpNeg"]
+    pack = make_pack(fires=(CAT, DOG))
+    for strict in (True, False):
+        guarded = Guarded(world, pack, strict=strict)
+        dog, empty = guarded.encode(DOG), guarded.encode("")
+        model = node.execute(guarded.model, guarded.encode(CAT), 1.0).result[0]
+        if strict:
+            with pytest.raises(ValueError, match="conditioning of its own"):
+                run(model, dog, empty)
+        else:
+            with caplog.at_level(logging.WARNING, "unhype"):
+                run(model, dog, empty)
+    assert "conditioning of its own" in caplog.text
+
+
+def test_hand_wired_lora_stays_where_the_guard_has_nothing_to_put(world, make_pack, run) -> None:
+    from unhype.host.apply import apply
+
+    guarded = Guarded(world, make_pack(fires=(CAT, DOG)))
+    entry = [[guarded.encode(CAT)[0][0] + 1e-3 * torch.randn(1, 77, 768), {"pooled_output": None}]]
+    negative = guarded.encode("")
+    lora = generate(guarded.pack, entry, clip=world.clip, text=CAT)
+    model, wired = apply(guarded.model, entry, lora)
+    assert not torch.equal(run(model, wired, negative), run(guarded.model, entry, negative))
+
+
+def test_lengths_that_are_no_multiple_of_77_and_many_lengths_at_once(
+    core, world, make_pack, run
+) -> None:
+    guarded = Guarded(world, make_pack(fires=(CAT, DOG)))
+    concat, combine = core["ConditioningConcat"]().concat, core["ConditioningCombine"]().combine
+    cat, dog = guarded.encode(CAT), guarded.encode(DOG)
+    longer = [[torch.cat([cat[0][0], torch.randn(1, 8, 768)], dim=1), cat[0][1]]]
+    mixed = combine(concat(dog, cat)[0], longer)[0]
+    assert torch.isfinite(run(guarded.model, mixed, guarded.encode(""))).all()
+    many, grown = cat, cat
+    for length in range(2, 8):
+        grown = concat(grown, dog)[0]
+        many = combine(many, grown)[0] if length in (2, 3, 5, 7) else many
+    assert torch.isfinite(run(guarded.model, many, guarded.encode(""))).all()

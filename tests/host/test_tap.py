@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unhype.families import family
 from unhype.host.embed import embed_text, read_entry
-from unhype.host.tap import LEDGER, VECTORS, Ledger, tap
+from unhype.host.tap import DIGEST, LEDGER, VECTORS, Ledger, tap
 
 SMALL_G = {"num_hidden_layers": 3, "intermediate_size": 64}
 SMALL_T5 = {"d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1}
@@ -87,7 +87,7 @@ def test_encoding_is_unchanged(loaded: tuple[str, Any], clip: Any) -> None:
     plain, tapped = (c.encode_from_tokens_scheduled(c.tokenize(CAT))[0] for c in (loaded[1], clip))
     assert torch.equal(plain[0], tapped[0])
     assert torch.equal(plain[1]["pooled_output"], tapped[1]["pooled_output"])
-    assert plain[1].keys() | {VECTORS} == tapped[1].keys()
+    assert plain[1].keys() | {VECTORS, DIGEST} == tapped[1].keys()
 
 
 def test_one_text_for_all_gives_one_vector(clip: Any) -> None:
@@ -102,6 +102,14 @@ def test_what_only_another_text_model_was_given_is_read(clip: Any) -> None:
             entry = encode(clip, rest=other, **{name: CAT})[0]
             assert holds(entry, vector(clip, CAT)), name
             assert holds(entry, vector(clip, other)), name
+
+
+def test_what_stands_behind_a_typed_end_is_read(loaded: tuple[str, Any], clip: Any) -> None:
+    ends = {"l": "<|endoftext|>", "g": "<|endoftext|>", "t5xxl": "</s>"}
+    for name in clip.tokenize(CAT):
+        entry = encode(clip, **{name: f"{DOG} {ends[name]} {CAT}"})[0]
+        joined = f"{DOG} {CAT}"
+        assert holds(entry, vector(clip, CAT)) or holds(entry, vector(clip, joined)), name
 
 
 def test_all_of_a_long_text_is_read(clip: Any) -> None:
@@ -177,6 +185,20 @@ def test_mixed_states_are_taken_apart() -> None:
     assert found is not None
     assert found.tolist() == torch.cat([mark("b"), mark("d")]).tolist()
     assert ledger.find(0.5 * states["b"] + 0.5 * torch.randn(1, 77, 16)) is None
+
+
+def test_many_small_shares_count_together() -> None:
+    ledger, states, _ = known(*"abcdefgh")
+    ledger.remember(torch.full((1, 77, 16), torch.inf), torch.zeros(1, 768))
+    small = sum(0.04 * states[name] for name in "bcdefgh")
+    found = ledger.find(0.72 * states["a"] + small)
+    assert found is not None
+    assert len(found) == 7
+
+
+def test_states_that_are_not_finite_are_no_mixture() -> None:
+    ledger, _, _ = known("a", "b")
+    assert ledger.find(torch.full((1, 77, 16), torch.nan)) is None
 
 
 def test_the_oldest_prompts_are_forgotten() -> None:

@@ -26,7 +26,7 @@ from ..lora import combine
 from .bypass import RowTable, Site, find_sites
 from .embed import Entry
 from .generate import DynamicLoRA
-from .guard import GUARDS, Conds, Guard
+from .guard import GUARDS, Conds, Guard, warn_once
 from .payload import KEY, NEGATIVE_ROLES, Payload
 from .tap import tap
 
@@ -38,6 +38,8 @@ log = logging.getLogger("unhype")
 
 ROW = "unhype_row"
 """Of the row number in ``model_conds``."""
+WIDEST = 60
+"""Common multiple of the lengths of long prompts, in times 77 tokens, up to which each part has its own LoRA."""
 
 
 def apply(
@@ -150,7 +152,10 @@ def _check_model(model: ModelPatcher, pack: Pack) -> None:
 class Run:
     """The LoRA of one sampling run, by row number; 0 is none."""
 
-    def __init__(self, percent_to_sigma: Callable[[float], float]) -> None:
+    def __init__(
+        self, percent_to_sigma: Callable[[float], float], guards: Sequence[Guard] = ()
+    ) -> None:
+        self.guards = guards
         self._percent_to_sigma = percent_to_sigma
         self._numbers: dict[tuple[tuple[Payload, int], ...], int] = {(): 0}
         self._windows: dict[Payload, tuple[float, float]] = {}
@@ -186,6 +191,9 @@ class Run:
         self, diffusion_model: nn.Module, rows: Sequence[Sequence[int]], sigma: Tensor
     ) -> Iterator[None]:
         """Change the model inside the block as the rows of the batch ask for at this noise level, (batch,)."""
+        if not self:
+            yield
+            return
         table, places = self._table(self._active(sigma))
         if diffusion_model not in self._sites:
             self._sites[diffusion_model] = find_sites(diffusion_model, table.factors.targets)
@@ -224,6 +232,11 @@ def _tag(conds: Conds, run: Run) -> Conds:
             carried[role] = [tuple(p for p in ps if p.branch is Branch.ALL) for ps in carried[role]]
     payloads = [p for entries in carried.values() for ps in entries for p in ps]
     width = math.lcm(*(len(p.factors) for p in payloads if p.per_chunk))
+    if width > WIDEST:
+        carried = {
+            role: [tuple(p.as_whole() for p in ps) for ps in carried[role]] for role in carried
+        }
+        width = 1
     tagged = {}
     for role, entries in conds.items():
         tagged[role] = []
@@ -238,16 +251,23 @@ def _tag(conds: Conds, run: Run) -> Conds:
     return tagged
 
 
+def _smallest_guidance_scale(guider: Any) -> float:
+    """Of all that the host's guiders have."""
+    names = ("cfg", "cfg1", "cfg2")
+    return min(float(getattr(guider, name)) for name in names if hasattr(guider, name))
+
+
 def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     """Let the guards read the conditionings of a sampling run, and number these, for its length."""
     guider: Any = executor.class_obj
     sampling = guider.model_patcher.get_model_object("model_sampling")
     conds: Conds = guider.conds
-    for guard in _guards(guider.model_options):
-        conds = guard.cover(conds)
-    run = Run(sampling.percent_to_sigma)
+    guards = _guards(guider.model_options)
+    for guard in guards:
+        conds = guard.cover(conds, guidance_scale=_smallest_guidance_scale(guider))
+    run = Run(sampling.percent_to_sigma, guards)
     tagged = _tag(conds, run)
-    if not run:
+    if not run and not guards:
         return executor(*args, **kwargs)
     guider.conds = tagged
     # A copy that the host made for this run alone.
@@ -273,9 +293,11 @@ def _apply_model(
     options = transformer_options or {}
     tags: Tensor | None = kwargs.pop(ROW, None)
     arguments = (x, t, c_concat, c_crossattn, control, options)
-    if tags is None:
-        return executor(*arguments, **kwargs)
     run: Run | None = options.get(KEY)
+    if tags is None:
+        if run is not None and run.guards:
+            _unguarded(run.guards)
+        return executor(*arguments, **kwargs)
     rows: list[list[int]] = tags.tolist()
     if run is None or (len(rows) != len(x) and any(row != rows[0] for row in rows)):
         raise RuntimeError(
@@ -288,3 +310,14 @@ def _apply_model(
     base: Any = executor.class_obj
     with run.adapted(base.diffusion_model, rows, t):
         return executor(*arguments, **kwargs)
+
+
+def _unguarded(guards: Sequence[Guard]) -> None:
+    """The model was called with a conditioning that never came to the sampler."""
+    problem = (
+        f"UnHype Guard, {', '.join(guard.pack.name for guard in guards)}: a node calls the model with a conditioning of its "
+        "own, which the guard has not seen (the deprecated Perp-Neg does). Use its successor, for example PerpNegGuider."
+    )
+    if any(guard.strict for guard in guards):
+        raise ValueError(f"{problem} The run was stopped, because the guard is strict.")
+    warn_once(problem)

@@ -155,12 +155,13 @@ class RowTable:
         if all(row is None for row in rows):
             yield
             return
-        whole = find_spans(rows)
+        table = [rows[start : start + chunks] for start in range(0, len(rows), chunks)]
+        alike = all(len(set(row)) == 1 for row in table)
+        whole = find_spans([row[0] for row in table])
 
         @cache
         def split_spans(repeats: int, parts: int) -> tuple[Span, ...]:
             """Spans over a layer's input each of whose rows is taken in so many parts."""
-            table = [rows[start : start + chunks] for start in range(0, len(rows), chunks)]
             return find_spans(
                 [
                     row[part % chunks]
@@ -172,8 +173,8 @@ class RowTable:
 
         def lay_out(x: Tensor, site: Site) -> tuple[tuple[Span, ...], int, int]:
             """Spans, rows of the input for one of theirs, and the parts of each row of the input."""
-            repeats = _repeats(x, len(rows) // chunks, site)
-            if chunks == 1:
+            repeats = _repeats(x, len(table), site)
+            if alike:
                 return whole, repeats, 1
             parts = _parts(x, site)
             return split_spans(repeats, parts), 1, parts

@@ -11,10 +11,13 @@ from torch import Tensor
 
 from ..families import EmbeddingSpec
 from .bypass import CHUNK
-from .tap import LEDGER, VECTORS, tap
+from .tap import DIGEST, LEDGER, VECTORS, digest, tap
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
+
+OTHER_TEXT = ("gligen", "cross_attn_controlnet")
+"""Where a conditioning may carry text that no hypernetwork reads."""
 
 Entry = tuple[Tensor | None, Mapping[str, Any]] | list[Any]
 """One entry of the host's CONDITIONING: text states and a dictionary."""
@@ -55,8 +58,11 @@ def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
     rows = None
     if pooled is not None and spec.pooled_width is not None:
         rows = _cut(pooled, spec, "The conditioning's pooled output")
-    known = LEDGER.find(states) if states is not None and len(states) == 1 else None
     carried: Tensor | None = extras.get(VECTORS)
+    known = None
+    if states is not None and len(states) == 1:
+        whole = extras.get(DIGEST) == digest(states[0])
+        known = carried if whole else LEDGER.find(states)
     further = [vectors for vectors in (carried, known) if vectors is not None]
     if rows is None and not further:
         return None
@@ -65,9 +71,8 @@ def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
     # Mixtures, and text that another text model alone was given, have more vectors than chunks.
     if known is not None and states is not None and states.shape[1] == len(known) * CHUNK:
         chunks = known if len(known) > 1 else None
-    return EntryEmbeddings(
-        vectors[:1] if rows is None else rows, vectors, known is not None, chunks
-    )
+    complete = known is not None and not any(key in extras for key in OTHER_TEXT)
+    return EntryEmbeddings(vectors[:1] if rows is None else rows, vectors, complete, chunks)
 
 
 def require_embeddings(
@@ -85,7 +90,7 @@ def require_embeddings(
 
 def embed_text(clip: CLIP, text: str, spec: EmbeddingSpec) -> Tensor:
     """The vector of every 77-token chunk of a text, (chunks, dim)."""
-    tapped = tap(clip)
+    tapped = tap(clip, remember=False)
     encode: Any = tapped.encode_from_tokens
     with torch.no_grad():
         vectors: Tensor = encode(tapped.tokenize(text), return_dict=True)[VECTORS]

@@ -55,42 +55,44 @@ class Guard:
         """Itself: it never changes, and the host copies a model's options in depth at every clone."""
         return self
 
-    @property
-    def branch(self) -> Branch:
-        """Which conditionings carry this guard's LoRA."""
-        return Branch.ALL if self.everywhere else self.pack.info.spec.branch
-
-    def cover(self, conds: Conds) -> Conds:
+    def cover(self, conds: Conds, *, guidance_scale: float = math.inf) -> Conds:
         """The conditionings of a sampling run, by role, each with the LoRA that its text asks for.
+
+        Args:
+            guidance_scale: the smallest of the run; below 1 the negative prompt is drawn, so it is covered too.
 
         Raises:
             ValueError: ``strict``, and the text of one is not known in full.
         """
+        branch = Branch.ALL if self.everywhere or guidance_scale < 1 else self.pack.info.spec.branch
         covered, lines = {}, []
         for role, entries in conds.items():
-            if role in NEGATIVE_ROLES and self.branch is not Branch.ALL:
+            if role in NEGATIVE_ROLES and branch is not Branch.ALL:
                 covered[role] = entries
                 continue
             covered[role] = []
             for index, entry in enumerate(entries):
-                payload, line = self._read(entry, f"{role} {index + 1}")
-                own = tuple(p for p in entry.get(KEY, ()) if p.owner != self.pack.name)
-                covered[role].append(
-                    {**entry, KEY: (*own, payload)} if payload else {**entry, KEY: own}
-                )
+                payload, line = self._read(entry, f"{role} {index + 1}", branch)
+                if payload is not None:
+                    # In place of what was wired by hand with this pack, however weakly.
+                    own = tuple(p for p in entry.get(KEY, ()) if p.owner != self.pack.name)
+                    entry = {**entry, KEY: (*own, payload)}
+                covered[role].append(entry)
                 lines.append(line)
         log.info("UnHype Guard, %s: %s", self.pack.name, "; ".join(lines))
         return covered
 
-    def _read(self, entry: Mapping[str, Any], where: str) -> tuple[Payload | None, str]:
+    def _read(
+        self, entry: Mapping[str, Any], where: str, branch: Branch
+    ) -> tuple[Payload | None, str]:
         """The LoRA of one conditioning, if any, and a line that says what was found."""
         found = read_entry((entry.get("cross_attn"), entry), self.pack.info.spec.embedding)
         if found is None or not found.complete:
             problem = (
                 f"UnHype Guard, {self.pack.name}: conditioning {where} "
                 + ("can't be read" if found is None else "can be read only in part")
-                + ": it was not encoded by the CLIP that the guard gives out, or was changed since. "
-                "Encode prompts with that CLIP."
+                + ": it was not encoded by the CLIP that the guard gives out, that CLIP was changed behind the guard, or nodes "
+                "changed the conditioning in ways that can't be followed. Encode prompts with the guard's own CLIP."
             )
             if self.strict:
                 raise ValueError(f"{problem} Nothing was sampled, because the guard is strict.")
@@ -103,7 +105,7 @@ class Guard:
             return None, line
         payload = Payload.of(
             self.pack.name,
-            self.branch,
+            branch,
             generated,
             self.strength,
             self.start_percent,

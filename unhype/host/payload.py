@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,7 +24,7 @@ class Payload:
         owner: the pack's name, for messages.
         factors: one row for each embedding of the entry, or for each 77 tokens of its text; strength included.
         start_percent, end_percent: the part of sampling in which it acts.
-        per_chunk: whether the rows are for 77 tokens each.
+        whole: what does instead where ``factors`` can't be laid out by 77 tokens; only if they are meant so.
     """
 
     owner: str
@@ -32,7 +32,7 @@ class Payload:
     factors: LoRAFactors
     start_percent: float
     end_percent: float
-    per_chunk: bool = False
+    whole: LoRAFactors | None = None
 
     @classmethod
     def of(
@@ -45,16 +45,20 @@ class Payload:
         end_percent: float,
     ) -> Payload:
         """What was generated for a conditioning entry, ready to travel with it."""
-        chunks = generated.chunks
-        factors = generated.factors if chunks is None else chunks
-        return cls(
-            owner,
-            branch,
-            factors.scaled(strength),
-            start_percent,
-            end_percent,
-            per_chunk=chunks is not None,
-        )
+        whole = generated.factors.scaled(strength)
+        if generated.chunks is None:
+            return cls(owner, branch, whole, start_percent, end_percent)
+        chunks = generated.chunks.scaled(strength)
+        return cls(owner, branch, chunks, start_percent, end_percent, whole)
+
+    @property
+    def per_chunk(self) -> bool:
+        """Whether the rows are for 77 tokens each."""
+        return self.whole is not None
+
+    def as_whole(self) -> Payload:
+        """The same with rows for the entry's embeddings."""
+        return self if self.whole is None else replace(self, factors=self.whole, whole=None)
 
     def same_as(self, other: Payload) -> bool:
         """Whether both do the same."""

@@ -22,21 +22,32 @@ if TYPE_CHECKING:
 
 VECTORS = "unhype_vectors"
 """Of the vectors (n, 768) in a conditioning entry."""
+DIGEST = "unhype_digest"
+"""Of the hash of the states that the vectors belong to, in the same place."""
 READER = "clip_l"
 """The host's name of the text model whose states are read."""
 SKETCH = 1024
 SMALLEST_SHARE = 0.05
-"""Of a prompt in a mixture; one of less is not drawn."""
+"""Of what may be left out of a mixture."""
+MOST_LEVELS = 6
+"""Of weight at which one chunk is read."""
 
 WeightedTokens = list[list[tuple[Any, ...]]]
 
 
 class Tap:
-    """Stands in for the text models of a CLIP; all it does not do itself, they do."""
+    """Stands in for the text models of a CLIP; all it does not do itself, they do.
 
-    def __init__(self, stage: Any, tokenizer: Any) -> None:
+    Args:
+        weights: id of the patches on their weights with which they count as read; others are noticed.
+        ledger: where encoded prompts are remembered, if at all.
+    """
+
+    def __init__(self, stage: Any, tokenizer: Any, weights: Any, ledger: Ledger | None) -> None:
         self._stage = stage
         self._tokenizer = tokenizer
+        self._weights = weights
+        self._ledger = ledger
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
@@ -49,36 +60,60 @@ class Tap:
             cond, pooled, *extras = self._stage.encode_token_weights(tokens)
             own = tokens["l"]
             vectors = [states[: len(own)] for states in heard]
-            if elsewhere := self._further(tokens):
+            if further := self._further(tokens):
                 heard.clear()
-                reader.encode_token_weights(elsewhere)
-                vectors += [states[: len(elsewhere)] for states in heard]
+                reader.encode_token_weights(further)
+                vectors += [states[: len(further)] for states in heard]
         found = torch.cat(vectors).float().cpu()
-        LEDGER.remember(cond, found)
-        return cond, pooled, {**(extras[0] if extras else {}), VECTORS: found}
+        told: dict[str, Any] = {**(extras[0] if extras else {}), VECTORS: found}
+        # With other weights (a LoRA, an edit of the attention) the reader may see less than the other text models do.
+        if self._ledger is not None and self._stage.current_weight_patches_uuid == self._weights:
+            told[DIGEST] = digest(cond[0])
+            self._ledger.remember(cond, found)
+        return cond, pooled, told
 
     def _further(self, tokens: Mapping[str, WeightedTokens]) -> WeightedTokens:
-        """What other text models were given and CLIP-L was not, in CLIP-L's tokens."""
+        """What a look at the ends of CLIP-L's chunks does not show, as chunks of its tokens, each weighing 1.
+
+        That is: text behind an end that was typed; the strongest words alone where weights differ; and what other text
+        models were given and CLIP-L was not.
+        """
+        mine: Any = getattr(self._tokenizer, READER)
         seen = {_ids(chunk) for chunk in tokens["l"]}
-        result = []
+        result: WeightedTokens = []
+
+        def add(chunk: list[tuple[Any, ...]]) -> None:
+            if _ids(chunk) not in seen:
+                seen.add(_ids(chunk))
+                result.append(chunk)
+
+        for chunk in tokens["l"]:
+            for words in _by_weight(chunk):
+                for piece in _pieces(words, mine):
+                    inner = piece[: mine.max_length - 2]
+                    padding = [mine.end_token] * (mine.max_length - 1 - len(inner))
+                    add([(token, 1.0) for token in (mine.start_token, *inner, *padding)])
         for name, chunks in tokens.items():
             other = getattr(
                 self._tokenizer, name if hasattr(self._tokenizer, name) else f"clip_{name}", None
             )
             if name == "l" or other is None:
                 continue
-            text = " ".join(_decode(other, chunk) for chunk in chunks)
-            for chunk in getattr(self._tokenizer, READER).tokenize_with_weights(
-                text, disable_weights=True
-            ):
-                if _ids(chunk) not in seen:
-                    seen.add(_ids(chunk))
-                    result.append(chunk)
+            levels = [_by_weight(chunk) for chunk in chunks]
+            for level in range(max(len(words) for words in levels)):
+                text = " ".join(
+                    _decode(other, words[min(level, len(words) - 1)]) for words in levels
+                )
+                for chunk in mine.tokenize_with_weights(text, disable_weights=True):
+                    add(chunk)
         return result
 
 
-def tap(clip: CLIP) -> CLIP:
+def tap(clip: CLIP, *, remember: bool = True) -> CLIP:
     """A clone of a CLIP that says what it read; one that already does is returned as it is.
+
+    Args:
+        remember: whether conditionings that it encodes are to count as known.
 
     Raises:
         ValueError: it has no CLIP-L.
@@ -92,7 +127,8 @@ def tap(clip: CLIP) -> CLIP:
             "Connect the CLIP of a full checkpoint, or load clip_l with the other text encoders."
         )
     clip = clip.clone()
-    clip.cond_stage_model = Tap(stage, clip.tokenizer)  # pyright: ignore[reportAttributeAccessIssue]
+    tapped = Tap(stage, clip.tokenizer, clip.patcher.patches_uuid, LEDGER if remember else None)
+    clip.cond_stage_model = tapped  # pyright: ignore[reportAttributeAccessIssue]
     return clip
 
 
@@ -117,8 +153,10 @@ class Ledger:
         self._known.clear()
 
     def remember(self, cond: Tensor, vectors: Tensor) -> None:
-        """Keep what the states (1, tokens, dim) were made from."""
-        key = _digest(cond[0])
+        """Keep what the states (1, tokens, dim) were made from; states that are not finite are not kept."""
+        if not torch.isfinite(cond).all():
+            return
+        key = digest(cond[0])
         self._known[key] = Known(cond.shape[1], vectors, _sketch(cond[0]))
         self._known.move_to_end(key)
         while len(self._known) > self.size:
@@ -137,8 +175,10 @@ class Ledger:
         parts, start = [], 0
         while start < len(states):
             for length in lengths:
-                known = self._known.get(_digest(states[start : start + length]))
+                key = digest(states[start : start + length])
+                known = self._known.get(key)
                 if known is not None and known.length == length:
+                    self._known.move_to_end(key)
                     parts.append(known.vectors)
                     start += length
                     break
@@ -152,18 +192,20 @@ class Ledger:
         if not same:
             return None
         basis = torch.stack([known.sketch for known in same], dim=1)
-        wanted = _sketch(states)
-        shares = torch.linalg.lstsq(basis, wanted[:, None], driver="gelsd").solution[:, 0]
-        if (
-            not torch.isfinite(shares).all()
-            or (basis @ shares - wanted).norm() > 1e-3 * wanted.norm()
-        ):
+        sizes, wanted = basis.norm(dim=0).clamp(min=1e-12), _sketch(states)
+        try:
+            shares = torch.linalg.lstsq(basis / sizes, wanted[:, None], driver="gelsd").solution[
+                :, 0
+            ]
+        except RuntimeError:  # states that are not finite
             return None
-        return [
-            known.vectors
-            for known, share in zip(same, shares, strict=True)
-            if abs(share) > SMALLEST_SHARE
-        ] or None
+        shares = shares / sizes
+        if not (basis @ shares - wanted).norm() <= 1e-3 * wanted.norm():
+            return None
+        # The smallest shares are left out only as long as they are little together.
+        order = shares.abs().argsort()
+        counted = order[shares.abs()[order].cumsum(0) > SMALLEST_SHARE].tolist()
+        return [same[index].vectors for index in sorted(counted)] or None
 
 
 LEDGER = Ledger()
@@ -187,16 +229,38 @@ def _ids(chunk: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
     return tuple(token if isinstance(token, int) else id(token) for token, *_ in chunk)
 
 
-def _decode(tokenizer: Any, chunk: Sequence[tuple[Any, ...]]) -> str:
-    """The text of one chunk of another text model's tokens, up to its end."""
-    ids = [token for token, *_ in chunk if isinstance(token, int)]
-    if tokenizer.end_token in ids:
-        ids = ids[: ids.index(tokenizer.end_token)]
+def _by_weight(chunk: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """The tokens of a chunk, and again only those of at least each higher weight, as text models feel them."""
+    levels = sorted({abs(weight) for _, weight, *_ in chunk})
+    if len(levels) > MOST_LEVELS:
+        levels = [levels[i * (len(levels) - 1) // (MOST_LEVELS - 1)] for i in range(MOST_LEVELS)]
+    return [
+        [token for token, weight, *_ in chunk if abs(weight) >= level]
+        for level in dict.fromkeys(levels)
+    ]
+
+
+def _pieces(tokens: Sequence[Any], tokenizer: Any) -> list[list[Any]]:
+    """The runs of tokens between ends; a text model pools at the first end, but the denoiser reads on."""
+    pieces: list[list[Any]] = [[]]
+    for token in tokens:
+        if isinstance(token, int) and token == tokenizer.end_token:
+            pieces.append([])
+        elif not isinstance(token, int) or token != tokenizer.start_token:
+            pieces[-1].append(token)
+    return [piece for piece in pieces if piece]
+
+
+def _decode(tokenizer: Any, tokens: Sequence[Any]) -> str:
+    """The text of another text model's tokens, without the end and padding behind it."""
+    ids = [token for token in tokens if isinstance(token, int)]
+    while ids and ids[-1] in (tokenizer.end_token, tokenizer.pad_token):
+        ids.pop()
     return tokenizer.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def _digest(states: Tensor) -> bytes:
-    """Hash of (tokens, dim)."""
+def digest(states: Tensor) -> bytes:
+    """Hash of states (tokens, dim)."""
     plain = states.detach().float().cpu().contiguous()
     return hashlib.blake2b(plain.numpy().tobytes(), digest_size=16).digest()
 
