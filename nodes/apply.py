@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..unhype.host.apply import apply
 from ..unhype.host.generate import DynamicLoRA
-from .types import CATEGORY, UnHypeLoRA
+from .types import CATEGORY, UnHypeLoRA, effect_inputs
 
 
 class ApplyDynamicLoRA(io.ComfyNode):
@@ -29,30 +29,7 @@ class ApplyDynamicLoRA(io.ComfyNode):
                     tooltip="The same conditioning that CLIPToLoRA read.",
                 ),
                 UnHypeLoRA.Input("unhype_lora", tooltip="LoRA from CLIPToLoRA."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How strongly to erase: 0 not at all, exactly as without the node; 1 as trained.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling after which the LoRA acts. 0: from the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling after which it no longer acts. 1: to the last step.",
-                ),
+                *effect_inputs(),
             ],
             outputs=[
                 io.Model.Output(

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..unhype.checkpoint import Pack
 from ..unhype.host.apply import guard_model
 from ..unhype.host.guard import Guard
-from .types import CATEGORY, UnHype
+from .types import CATEGORY, UnHype, effect_inputs
 
 POSITIVE, ALL = "positive", "all"
 
@@ -32,30 +32,7 @@ class UnHypeGuard(io.ComfyNode):
                     tooltip="CLIP of the same checkpoint. Encode prompts with the clip that comes out here, so that they can be read in full.",
                 ),
                 UnHype.Input("unhype", tooltip="Pack from UnHype Loader."),
-                io.Float.Input(
-                    "strength",
-                    default=1.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.05,
-                    tooltip="How strongly to erase: 0 not at all, exactly as without the node; 1 as trained.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling after which the LoRA acts. 0: from the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Part of sampling after which it no longer acts. 1: to the last step.",
-                ),
+                *effect_inputs(),
                 io.Combo.Input(
                     "conditionings",
                     options=[POSITIVE, ALL],

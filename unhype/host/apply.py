@@ -252,9 +252,11 @@ def _tag(conds: Conds, run: Run) -> Conds:
 
 
 def _smallest_guidance_scale(guider: Any) -> float:
-    """Of all that the host's guiders have."""
+    """Of all that the host's guiders have; 1 if a guider has none of them."""
     names = ("cfg", "cfg1", "cfg2")
-    return min(float(getattr(guider, name)) for name in names if hasattr(guider, name))
+    return min(
+        (float(getattr(guider, name)) for name in names if hasattr(guider, name)), default=1.0
+    )
 
 
 def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
