@@ -30,6 +30,7 @@ from .text import TextBatch, TextEncoder
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
+    from comfy.sd import VAE
 
 __all__ = ["CheckpointRefusedError", "Denoiser", "TextBatch"]
 
@@ -55,9 +56,15 @@ class Denoiser:
     """A frozen model that predicts noise or velocity, with LoRA on some of its layers."""
 
     def __init__(
-        self, patcher: ModelPatcher, text_encoder: TextEncoder, family: FamilySpec, name: str
+        self,
+        patcher: ModelPatcher,
+        text_encoder: TextEncoder,
+        family: FamilySpec,
+        name: str,
+        vae: VAE | None = None,
     ) -> None:
         self.family = family
+        self._vae = vae
         self._patcher = patcher
         self._model = model = patcher.model.eval().requires_grad_(False)
         self._text = text_encoder
@@ -67,11 +74,14 @@ class Denoiser:
         self.fingerprint = BaseFingerprint(name, self._digest())
 
     @classmethod
-    def load(cls, checkpoint: Path, comfyui: Path | None = None) -> Denoiser:
+    def load(
+        cls, checkpoint: Path, comfyui: Path | None = None, *, pictures: bool = False
+    ) -> Denoiser:
         """Load a single-file checkpoint.
 
         Args:
             comfyui: where ComfyUI is, if it is not to be looked for.
+            pictures: whether ``decode`` is wanted, too; training itself never leaves latent space.
 
         Raises:
             FileNotFoundError: there is no such file, or no ComfyUI.
@@ -86,9 +96,8 @@ class Denoiser:
 
         state = _read(checkpoint)
         family, names = _inspect(checkpoint, state)
-        # No output_vae: training never leaves latent space.
-        patcher, clip, _, _ = comfy.sd.load_state_dict_guess_config(
-            state, output_vae=False, output_clip=True
+        patcher, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
+            state, output_vae=pictures, output_clip=True
         ) or (None, None, None, None)
         if patcher is None:
             raise CheckpointRefusedError(f"ComfyUI cannot load {checkpoint}; is it whole?")
@@ -98,7 +107,11 @@ class Denoiser:
                 "with model and CLIP in one file."
             )
         _check_complete(checkpoint, names, patcher.model, clip.cond_stage_model)
-        denoiser = cls(patcher, TextEncoder(clip), family, checkpoint.name)
+        if pictures and vae is None:
+            raise CheckpointRefusedError(
+                f"{checkpoint.name} has no VAE, which makes pictures of latents. Give a full checkpoint with one."
+            )
+        denoiser = cls(patcher, TextEncoder(clip), family, checkpoint.name, vae)
         denoiser._load()
         return denoiser
 
@@ -207,37 +220,95 @@ class Denoiser:
         Returns:
             States (kept, batch, channels, height, width) in the order of the steps, and their sigmas (kept,).
         """
-        from comfy.samplers import calculate_sigmas
-
         kept = sorted(set(stop_indices))
         if not kept or kept[0] < 0 or kept[-1] >= steps:
             raise ValueError(f"stop_indices must be steps from 0 to {steps - 1}, got {kept}.")
+        shape = (len(text), *self._latent_shape(size))
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        sigmas, states = self._euler(text, None, noise, steps, guidance_scale)
+        drawn = dict(zip(range(kept[-1] + 1), states, strict=False))
+        return torch.stack([drawn[step] for step in kept]), sigmas[kept]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: TextBatch,
+        factors: LoRAFactors | None,
+        *,
+        steps: int,
+        guidance_scale: float,
+        noise: Tensor,
+    ) -> Tensor:
+        """Sample whole (Euler, classifier-free guidance), with LoRA on the branch that the nodes apply it to.
+
+        Args:
+            text: prompts.
+            factors: LoRA, one set a prompt; none for the plain model.
+            noise: as of ``noise``.
+
+        Returns:
+            Latents, (batch, channels, height, width).
+        """
+        x_t = noise
+        for x_t in self._euler(text, factors, noise, steps, guidance_scale)[1]:
+            pass
+        return x_t
+
+    def noise(self, seeds: Sequence[int], size: int) -> Tensor:
+        """Noise for pictures of ``size`` pixels, each from its own seed, (seeds, channels, height, width)."""
+        shape = self._latent_shape(size)
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, height, width) in [0, 1] of latents; ``ValueError`` if loaded without ``pictures``."""
+        if self._vae is None:
+            raise ValueError("The model was loaded for training alone; load it with pictures=True.")
+        decoded = self._vae.decode(self._model.process_latent_out(latents.float()))
+        self._load()
+        return decoded.movedim(-1, 1).float().clamp(0, 1)
+
+    def _euler(
+        self,
+        text: TextBatch,
+        factors: LoRAFactors | None,
+        noise: Tensor,
+        steps: int,
+        guidance_scale: float,
+    ) -> tuple[Tensor, Iterator[Tensor]]:
+        """Noise levels (steps + 1,), and the states before each step and after the last, made as they are asked for."""
+        from comfy.samplers import calculate_sigmas
+
         sampling, device = self._model.model_sampling, self.device
         sigmas = calculate_sigmas(sampling, SCHEDULER, steps).to(device)
-        shape = (len(text), *self._latent_shape(size))
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        noise = noise.to(device)
         first = float(sigmas[0])
         largest = float(sampling.sigma_max)
         full_noise = first > largest or math.isclose(first, largest, rel_tol=1e-5)
-        x_t = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), full_noise)
         guided = self.family.branch is not Branch.ALL and not math.isclose(guidance_scale, 1.0)
-        both = TextBatch.cat([text, self._empty.rows([0] * len(text))]) if guided else text
-        states = []
-        for step in range(kept[-1] + 1):
-            if step in kept:
-                states.append(x_t)
-            if step == kept[-1]:
-                break
-            sigma = sigmas[step]
-            levels = sigma.expand(len(both))
-            inputs = torch.cat([x_t, x_t]) if guided else x_t
-            raw = self.predict(inputs, levels, both, None)
-            denoised = sampling.calculate_denoised(levels, raw, inputs)
-            if guided:
-                cond, uncond = denoised.chunk(2)
-                denoised = uncond + guidance_scale * (cond - uncond)
-            x_t = x_t + (x_t - denoised) / sigma * (sigmas[step + 1] - sigma)
-        return torch.stack(states), sigmas[kept]
+        both, applied = text, factors
+        if guided:
+            both = TextBatch.cat([text, self._empty.rows([0] * len(text))])
+            applied = None if factors is None else _on_first(factors)
+
+        def states() -> Iterator[Tensor]:
+            x_t = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), full_noise)
+            yield x_t
+            for step in range(steps):
+                sigma = sigmas[step]
+                levels = sigma.expand(len(both))
+                inputs = torch.cat([x_t, x_t]) if guided else x_t
+                raw = self.predict(inputs, levels, both, applied)
+                denoised = sampling.calculate_denoised(levels, raw, inputs)
+                if guided:
+                    cond, uncond = denoised.chunk(2)
+                    denoised = uncond + guidance_scale * (cond - uncond)
+                x_t = x_t + (x_t - denoised) / sigma * (sigmas[step + 1] - sigma)
+                yield x_t
+
+        return sigmas, states()
 
     def _load(self) -> None:
         """Bring the model to its device, from which loading the text encoder may have moved it."""
@@ -272,6 +343,13 @@ class Denoiser:
             hashed.update(f"{target.name} {tuple(weight.shape)} {weight.dtype}".encode())
             hashed.update(weight.view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()[:DIGEST_LENGTH]
+
+
+def _on_first(factors: LoRAFactors) -> LoRAFactors:
+    """Factors of a batch, and as many rows without effect behind them."""
+    twice = factors.rows([*range(len(factors)), *range(len(factors))])
+    first = torch.arange(len(twice), device=twice.scale.device) < len(factors)
+    return twice.scaled(first.to(twice.scale))
 
 
 def _overwritten(diffusion_model: nn.Module) -> tuple[nn.Module, ...]:

@@ -50,4 +50,6 @@ def declare_missing_operators() -> None:
         else:
             return
     for schema in SCHEMAS:
-        torch.library.define(f"torchvision::{schema.split('(')[0]}", schema[schema.index("(") :])
+        name = schema.split("(")[0]
+        if not hasattr(torch.ops.torchvision, name):  # asked for again before anyone imported it
+            torch.library.define(f"torchvision::{name}", schema[schema.index("(") :])

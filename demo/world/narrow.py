@@ -1,0 +1,171 @@
+"""The world at its own width: the same pictures as the checkpoint that ComfyUI loads, several times faster.
+
+The checkpoint is this model padded with zeros, so what is measured here holds there; ``tests/host/test_narrow_world.py`` compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unhype.checkpoint import BaseFingerprint
+from unhype.families import FAMILIES, FamilySpec
+from unhype.host import vision
+from unhype.host.bypass import adapted, find_sites, find_targets
+from unhype.host.text import TextBatch
+from unhype.lora import LoRAFactors, TargetModule
+
+from .expand import COMPACT, read_compact
+from .text_encoder import BOS, EOS, LENGTH
+from .unet import LATENT_CHANNELS, WorldUNet, noise_schedule
+from .vae import WorldVAE
+from .words import Tokenizer, tokenizer_folder
+
+DOWNSCALE = 8
+TEXTS_AT_ONCE = 64
+
+
+class NarrowWorld:
+    """The demo world as training and evaluation use a model (``PictureModel``)."""
+
+    def __init__(self, compact: Path = COMPACT) -> None:
+        unet, widths, vae, self._text = read_compact(compact)
+        self._unet = WorldUNet(widths)
+        self._unet.load_state_dict(unet)
+        self._vae = WorldVAE()
+        self._vae.load_state_dict(vae)
+        for module in (self._unet, self._vae, self._text):
+            module.eval().requires_grad_(False)
+        vision.declare_when_imported()  # transformers imports it
+        self._tokenize = Tokenizer(tokenizer_folder())
+        self.device = torch.device("cpu")
+        self.family: FamilySpec = FAMILIES["sd1"]
+        self.targets: tuple[TargetModule, ...] = find_targets(self._unet, self.family.targets)
+        self._sites = find_sites(self._unet, self.targets)
+        digest = hashlib.sha256(compact.read_bytes()).hexdigest()[:16]
+        self.fingerprint = BaseFingerprint("demo world", digest)
+        share = noise_schedule()
+        self._sigmas = ((1 - share) / share).sqrt()
+        self._empty = self.embed([""])
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> TextBatch:
+        """Encode prompts; what is beyond 77 tokens is cut."""
+        states, pooled = self._text(self._tokenize(texts))
+        return TextBatch(states, pooled, pooled)
+
+    @torch.no_grad()
+    def embed_pooled(self, texts: Sequence[str]) -> Tensor:
+        """Only the pooled vectors, (texts, 768)."""
+        ids = self._tokenize(texts)
+        ends = (ids == EOS).int().argmax(-1)
+        pooled = torch.empty(len(ids), self.family.embedding.dim)
+        for chosen in ends.argsort().split(TEXTS_AT_ONCE):
+            pooled[chosen] = self._text(ids[chosen][:, : int(ends[chosen].max()) + 1])[1]
+        return pooled
+
+    def predict(
+        self, x_t: Tensor, sigma: Tensor, text: TextBatch, factors: LoRAFactors | None
+    ) -> Tensor:
+        """Predicted noise, differentiable in ``factors`` and ``text``."""
+        inputs = x_t / (sigma.square() + 1).sqrt().view(-1, 1, 1, 1)
+        distance = (sigma.log()[:, None] - self._sigmas.log()).abs()
+        timestep = distance.argmin(-1)
+        if factors is None:
+            return self._unet(inputs, timestep, text.cross)
+        with adapted(self._sites, factors):
+            return self._unet(inputs, timestep, text.cross)
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        text: TextBatch,
+        *,
+        steps: int,
+        guidance_scale: float,
+        seed: int,
+        size: int,
+        stop_indices: Sequence[int],
+    ) -> tuple[Tensor, Tensor]:
+        """States (kept, batch, 4, height, width) before the steps named, and their sigmas (kept,)."""
+        kept = sorted(set(stop_indices))
+        side = size // DOWNSCALE
+        noise = torch.randn(
+            (len(text), LATENT_CHANNELS, side, side), generator=torch.Generator().manual_seed(seed)
+        )
+        sigmas = self._levels(steps)
+        states = self._euler(text, None, noise, sigmas, guidance_scale)
+        drawn = dict(zip(range(kept[-1] + 1), states, strict=False))
+        return torch.stack([drawn[step] for step in kept]), sigmas[kept]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        text: TextBatch,
+        factors: LoRAFactors | None,
+        *,
+        steps: int,
+        guidance_scale: float,
+        noise: Tensor,
+    ) -> Tensor:
+        """Latents (batch, 4, height, width), LoRA on the conditional branch."""
+        x_t = noise
+        for x_t in self._euler(text, factors, noise, self._levels(steps), guidance_scale):
+            pass
+        return x_t
+
+    def noise(self, seeds: Sequence[int], size: int) -> Tensor:
+        """Noise for pictures of ``size`` pixels, (seeds, 4, height, width)."""
+        shape = (LATENT_CHANNELS, size // DOWNSCALE, size // DOWNSCALE)
+        return torch.stack(
+            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, height, width) in [0, 1]."""
+        return self._vae.decode(latents)
+
+    def target_weights(self) -> tuple[Tensor, ...]:
+        """Weights (out_features, in_features) of the target modules."""
+        return tuple(
+            self._unet.get_submodule(target.name).get_parameter("weight") for target in self.targets
+        )
+
+    def _levels(self, steps: int) -> Tensor:
+        """Noise levels of the host's scheduler ``normal``, (steps + 1,)."""
+        last = len(self._sigmas) - 1
+        places = torch.linspace(last, 0, steps)
+        low = places.floor().long()
+        high = (low + 1).clamp(max=last)
+        share = places - low
+        logs = self._sigmas.log()
+        sigmas = ((1 - share) * logs[low] + share * logs[high]).exp()
+        return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+    def _euler(
+        self,
+        text: TextBatch,
+        factors: LoRAFactors | None,
+        noise: Tensor,
+        sigmas: Tensor,
+        guidance_scale: float,
+    ) -> Iterator[Tensor]:
+        """States before each step and after the last."""
+        num = len(text)
+        both = TextBatch.cat([text, self._empty.rows([0] * num)])
+        applied = None
+        if factors is not None:
+            applied = factors.rows([*range(num)] * 2).scaled((torch.arange(2 * num) < num).float())
+        x_t = noise * (1 + sigmas[0].square()).sqrt()
+        yield x_t
+        for now, after in zip(sigmas, sigmas[1:], strict=False):
+            cond, uncond = self.predict(
+                torch.cat([x_t, x_t]), now.expand(2 * num), both, applied
+            ).chunk(2)
+            x_t = x_t + (uncond + guidance_scale * (cond - uncond)) * (after - now)
+            yield x_t
