@@ -33,15 +33,17 @@ from rich.table import Table
 
 from train import calibrate as calibration
 from train import export as exporting
+from train import extend as extending
 from train.config import ConfigError, TrainConfig, load_config
-from train.denoiser import DenoiserLike
+from train.denoiser import DenoiserLike, check_family
 from train.loop import Event, Report
+from train.memory import TooLittleMemoryError
 from train.plan import Plan, estimate
 from train.run import EMBEDDED_AT_ONCE, TrainingDivergedError, TrainingInterrupted
 from train.run import train as run
 from train.shorthand import Shorthand, write_settings
 from unhype import checkpoint
-from unhype.checkpoint import CheckpointError, Pack, PackInfo
+from unhype.checkpoint import CheckpointError, PackInfo
 from unhype.host.denoise import CheckpointRefusedError, Denoiser
 from unhype.host.generate import describe
 from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError, has_accelerator
@@ -146,6 +148,8 @@ def train(
         words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
         settings = _settings(config, words, overrides)
         is_main = PartialState(cpu=not has_accelerator()).is_main_process
+        if is_main:
+            _warn_of_retained_targets(settings)
         if config is None and is_main:
             file = write_settings(settings)
             print(
@@ -194,6 +198,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config without training: every mistake, each with its line."""
     with _errors_as_sentences():
         settings = _load(config, overrides)
+        _warn_of_retained_targets(settings)
         names = ", ".join(concept.name for concept in settings.concepts)
         print(
             f"{config} is fine: erases {names}; keeps {len(settings.retain)} phrases; writes {settings.output}"
@@ -221,7 +226,7 @@ def calibrate(
         _warn_of_few(len(lines.texts), budget)
         with _progress(Console(stderr=True)) as report:
             denoiser = _load_model(model, comfyui, report)
-            _check_family(pack, denoiser)
+            check_family(pack, denoiser)
             embed = calibration.in_batches(
                 denoiser.embed_pooled,
                 EMBEDDED_AT_ONCE,
@@ -264,10 +269,82 @@ def export(
             )
         with _progress(Console(stderr=True)) as report:
             denoiser = _load_model(model, comfyui, report)
-            _check_family(pack, denoiser)
+            check_family(pack, denoiser)
             embedding = denoiser.embed_pooled([prompt]).cpu()
         reading = exporting.export(pack, prompt, embedding, output, spelling, force=force)
         print(f"{output} ({output.stat().st_size / 1024:.0f} KiB): {describe(pack, reading)}")
+
+
+@app.command()
+def extend(
+    file: PackPath,
+    config: MaybeConfigPath = None,
+    model: CheckpointOption = None,
+    erase: EraseOption = None,
+    anchor: AnchorOption = None,
+    retain: RetainOption = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The pack to write.")
+    ] = None,
+    overrides: Overrides = None,
+    atoms: Annotated[
+        int, typer.Option(min=0, help="Atoms appended to each layer, if the pack has atoms.")
+    ] = extending.Growth.atoms,
+    keep_weight: Annotated[
+        float, typer.Option(min=0, help="How firmly the old concepts' LoRA is held.")
+    ] = extending.Growth.keep_weight,
+    force: Annotated[
+        bool, typer.Option("--force", help="Write it even if an old concept's LoRA has moved.")
+    ] = False,
+    comfyui: ComfyUIPath = None,
+) -> None:
+    """Teach a trained pack further concepts; the old ones stay. Interrupted, the same command goes on.
+
+    unhype extend PACK --checkpoint model.safetensors --erase "dog, puppy" --anchor "an empty meadow" --output new.safetensors
+
+    unhype extend PACK CONFIG
+    """
+    with _errors_as_sentences():
+        pack = checkpoint.load(file)
+        if config is None:
+            if output is None:
+                raise ConfigError("--output is missing: give the pack to write, another than PACK.")
+            words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
+            settings = _settings(None, words, overrides)
+        else:
+            paths = [
+                f"{name}={json.dumps(str(path))}"
+                for name, path in (("checkpoint", model), ("output", output))
+                if path
+            ]
+            words = Shorthand(None, tuple(erase or ()), tuple(anchor or ()), retain)
+            settings = _settings(config, words, [*(overrides or []), *paths])
+        settings = extending.fitting(pack, settings)
+        is_main = PartialState(cpu=not has_accelerator()).is_main_process
+        if is_main:
+            _warn_of_retained_targets(settings)
+        with _progress(Console(stderr=True)) as report:
+            found = extending.extend(
+                file,
+                settings,
+                growth=extending.Growth(atoms, keep_weight, force),
+                progress=report,
+                comfyui=comfyui,
+            )
+        if is_main:
+            _show(found.path.name, _describe_extension(found))
+
+
+@app.command()
+def remove(
+    file: PackPath,
+    names: Annotated[list[str], typer.Argument(metavar="NAMES", help="Concepts to take out.")],
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The pack to write.")],
+) -> None:
+    """Write a pack again without some of its concepts; the others stay as they are."""
+    with _errors_as_sentences():
+        info = extending.remove(file, names, output)
+        print(f"{output} erases {', '.join(info.concept_names)}")
 
 
 @app.command()
@@ -317,20 +394,13 @@ def _load_model(path: Path, comfyui: Path | None, report: Report) -> DenoiserLik
     return denoiser
 
 
-def _check_family(pack: Pack, denoiser: DenoiserLike) -> None:
-    """A pack reads prompts by its own family's text encoder, and changes layers of its own family."""
-    info, name = pack.info, denoiser.fingerprint.name
-    if denoiser.family != info.spec:
-        raise ConfigError(
-            f"{pack.name} was trained for {info.spec.title}, but {name} is {denoiser.family.title}. "
-            f"Give {info.base.name} or a model like it."
-        )
-    if denoiser.fingerprint.digest != info.base.digest:
+def _warn_of_retained_targets(settings: TrainConfig) -> None:
+    """Say which retain phrases hold a target phrase: that is allowed, but seldom meant."""
+    if held := settings.retained_mentions():
         log.warning(
-            "%s was trained on %s, not on %s. That works as far as their text encoders agree.",
-            pack.name,
-            info.base.name,
-            name,
+            "Retain phrases that hold a target phrase: %s. They are trained to stay. Remove from retain those "
+            "that show the target, as 'tabby cat' shows a cat; leave those that are another thing, as 'hot dog' is no dog.",
+            ", ".join(f"{kept!r} ({phrase!r})" for kept, phrase in held.items()),
         )
 
 
@@ -408,6 +478,19 @@ def _describe_calibration(found: calibration.Recalibration, captions: calibratio
     for threshold, fires, missed in points:
         mark = "  <" if threshold == found.threshold else ""
         yield f"  {threshold:.4f}", f"{fires:8.3%} {missed:7.1%}{mark}"
+
+
+def _describe_extension(found: extending.Extended) -> Rows:
+    yield (
+        "pack",
+        f"{found.path} ({_size(found.path.stat().st_size)}) after {_duration(found.seconds)}",
+    )
+    for name, change in found.changes.items():
+        yield f"{name} has moved", f"{change.mean:.1%} on average, {change.worst:.1%} at worst"
+    yield (
+        "its gate has moved" if len(found.changes) == 1 else "their gate has moved",
+        f"{found.gate_difference:.1g} at most",
+    )
 
 
 def _describe(file: Path, info: PackInfo) -> Rows:
@@ -529,7 +612,7 @@ def _errors_as_sentences() -> Iterator[None]:
         text = (
             "Out of memory. Lower train.batch_size, trajectories.batch_size or trajectories.size."
         )
-    except (OSError, ValueError, TrainingDivergedError) as error:
+    except (OSError, ValueError, TooLittleMemoryError, TrainingDivergedError) as error:
         log.debug("The error was raised here:", exc_info=True)
         code, text = FAILED, str(error)
     else:

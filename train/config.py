@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,6 +28,8 @@ from pydantic import (
 )
 
 from unhype.hypernetwork import Architecture
+
+from .phrases import forms, mentions, normal
 
 DATA = Path(__file__).parent / "data"
 STRICT = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -45,12 +48,6 @@ def read_lines(path: Path) -> tuple[str, ...]:
             f"file {str(path)!r} cannot be read ({type(error).__name__}). Give a text file, one entry a line"
         ) from error
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
-
-
-def normal(phrase: str) -> str:
-    """A phrase as it is compared: lower case, single spaces, no leading article."""
-    words = re.sub(r"\s+", " ", phrase.strip().casefold())
-    return re.sub(r"^(a|an|the) ", "", words)
 
 
 def _to_tuple(value: object) -> object:
@@ -82,9 +79,19 @@ def _to_eta(value: object) -> object:
     raise ValueError(f"got {value!r}, expected auto or a number above 0")
 
 
-Phrase = Annotated[str, Field(min_length=1, pattern=r"\S")]
+def _names_something(phrase: str) -> str:
+    if not any(character.isalnum() for character in phrase):
+        raise ValueError(
+            f"got {phrase!r}, expected a phrase with a letter or digit. Say it in words, as a prompt would"
+        )
+    return phrase
+
+
+Line = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Phrase = Annotated[Line, AfterValidator(_names_something)]
 Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(_to_tuple)]
-Lines = Annotated[tuple[Phrase, ...], BeforeValidator(_to_lines)]
+PhraseLines = Annotated[tuple[Phrase, ...], BeforeValidator(_to_lines)]
+Lines = Annotated[tuple[Line, ...], BeforeValidator(_to_lines)]
 FilePath = Annotated[Path, BeforeValidator(_to_path)]
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_to_number), Field(ge=0, allow_inf_nan=False)]
@@ -129,22 +136,28 @@ class GateConfig(BaseModel):
     Attributes:
         num_positives: prompts with a target phrase, over all concepts.
         num_negatives: prompts without one.
+        long_share: share of prompts that stand among whole captions.
         noise: standard deviation of the noise on standardized embeddings.
+        virtual_negatives: share of negatives that are moved part of the way to a positive.
+        adversarial: how far positives are moved to where the gate sees them least, in standardized embeddings.
         held_back: share of retain phrases, captions and positives kept for calibration.
-        false_fire_rate: how many of the kept negatives may fire.
+        false_fire_rate: how many of the kept negatives may fire, for all concepts together.
         threshold_position: where the threshold lies between kept negatives (0) and positives (1).
     """
 
     model_config = STRICT
 
-    hidden_dim: Count = 64
-    steps: Count = 1000
+    hidden_dim: Count = 128
+    steps: Count = 1500
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: Positive = 2e-3
     weight_decay: Number = 0.05
-    num_positives: Annotated[int, Field(ge=10)] = 300
-    num_negatives: Annotated[int, Field(ge=10)] = 900
+    num_positives: Annotated[int, Field(ge=10)] = 600
+    num_negatives: Annotated[int, Field(ge=10)] = 2000
+    long_share: Share = 0.2
     noise: Number = 1.0
+    virtual_negatives: Share = 0.0
+    adversarial: Number = 0.0
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.01
     threshold_position: Share = 0.5
@@ -159,6 +172,7 @@ class TrajectoryConfig(BaseModel):
         states: how many states of one rollout are kept.
         steps: sampler steps of a whole rollout.
         size: side of the pictures in pixels.
+        guidance_scale: of the rollouts; models that are sampled without guidance do not use it.
         scene_share: share of prompts that show another concept too.
         anchor_share: share of rollouts that follow the anchor prompt.
         keep: keep what was computed on disk after the run, for the next run with these settings.
@@ -299,6 +313,38 @@ class OptimizerConfig(BaseModel):
     save_every: Count = 50
 
 
+class LogConfig(BaseModel):
+    """What a run keeps of its steps beside the pack; training does not depend on it.
+
+    Attributes:
+        every: steps between two lines of the metrics file; 0 writes none.
+        tensorboard: write the same for TensorBoard, too, if that is installed.
+    """
+
+    model_config = STRICT
+
+    every: Annotated[int, Field(ge=0)] = 1
+    tensorboard: bool = False
+
+
+class SamplesConfig(BaseModel):
+    """Pictures drawn while training, with LoRA and without; training does not depend on them.
+
+    Attributes:
+        prompts: a row of pictures each; none are drawn without.
+        every: steps between two grids; the last step has one in any case.
+        steps: sampler steps of a picture.
+        seed: of their noise.
+    """
+
+    model_config = STRICT
+
+    prompts: Lines = ()
+    every: Count = 100
+    steps: Count = 20
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+
+
 class TrainConfig(BaseModel):
     """One run. ``retain``, ``retain_captions`` and ``templates`` may name a text file instead of listing."""
 
@@ -307,7 +353,7 @@ class TrainConfig(BaseModel):
     checkpoint: FilePath
     output: FilePath
     concepts: Annotated[tuple[ConceptConfig, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
-    retain: Lines
+    retain: PhraseLines
     retain_captions: Lines = Field(default_factory=lambda: read_lines(DATA / "captions.txt"))
     templates: Lines = Field(default_factory=lambda: read_lines(DATA / "templates.txt"))
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -317,6 +363,8 @@ class TrainConfig(BaseModel):
     trajectories: TrajectoryConfig = TrajectoryConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: OptimizerConfig = OptimizerConfig()
+    log: LogConfig = LogConfig()
+    samples: SamplesConfig = SamplesConfig()
 
     @field_validator("output")
     @classmethod
@@ -362,11 +410,21 @@ class TrainConfig(BaseModel):
         names = [concept.name for concept in self.concepts]
         if len(set(names)) != len(names):
             raise ValueError(f"concept names must differ, got {', '.join(names)}")
+        plurals = {
+            form: concept.name
+            for concept in self.concepts
+            for phrase in concept.target
+            for form in forms(phrase)
+        }
         for phrase in self.retain:
-            if normal(phrase) in owners:
+            own = normal(phrase)
+            singular = next((form for form in sorted(forms(phrase)) if form in owners), "")
+            owner = owners.get(own) or plurals.get(own) or owners.get(singular)
+            if owner is not None:
+                what = "also" if own in owners else "in another number"
                 raise ValueError(
-                    f"retain phrase {phrase!r} is also a target phrase of {owners[normal(phrase)]!r}. "
-                    "Remove it from one of the two lists"
+                    f"retain phrase {phrase!r} is {what} a target phrase of {owner!r}. "
+                    "Remove it from one of the two lists, or say in other words what stays"
                 )
         if self.objective.function_retention and not self.trajectories.retain_rollouts:
             raise ValueError(
@@ -375,13 +433,23 @@ class TrainConfig(BaseModel):
             )
         return self
 
+    def retained_mentions(self) -> dict[str, str]:
+        """Retain phrases that hold a target phrase as whole words, as "hot dog" holds "dog", and that target phrase."""
+        targets = [phrase for concept in self.concepts for phrase in concept.target]
+        return {
+            kept: next(phrase for phrase in targets if mentions(kept, [phrase]))
+            for kept in self.retain
+            if mentions(kept, targets)
+        }
+
     def plain(self) -> dict[str, object]:
         """The config as plain data, every list written out."""
         return self.model_dump(mode="json")
 
     def digest(self) -> str:
-        """A hash of everything but where the result goes."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"output"}), sort_keys=True)
+        """A hash of everything that the result depends on."""
+        result = self.model_dump(mode="json", exclude={"output", "log", "samples"})
+        text = json.dumps(result, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,10 +10,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from unhype.checkpoint import BaseFingerprint
+from unhype.checkpoint import BaseFingerprint, Pack
 from unhype.families import FamilySpec
 from unhype.host.denoise import TextBatch
 from unhype.lora import LoRAFactors, TargetModule
+
+from .config import ConfigError
+
+log = logging.getLogger("unhype")
 
 
 class DenoiserLike(Protocol):
@@ -54,6 +59,27 @@ class DenoiserLike(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """States (kept, batch, channels, height, width) before the steps named, and their sigmas (kept,)."""
         ...
+
+
+def check_family(pack: Pack, denoiser: DenoiserLike) -> None:
+    """Warn of another base model than the pack's.
+
+    Raises:
+        ConfigError: it is of another family: its text encoder and layers are not those that the pack knows.
+    """
+    info, name = pack.info, denoiser.fingerprint.name
+    if denoiser.family != info.spec:
+        raise ConfigError(
+            f"{pack.name} was trained for {info.spec.title}, but {name} is {denoiser.family.title}. "
+            f"Give {info.base.name} or a model like it."
+        )
+    if denoiser.fingerprint.digest != info.base.digest:
+        log.warning(
+            "%s was trained on %s, not on %s. That works as far as their text encoders agree.",
+            pack.name,
+            info.base.name,
+            name,
+        )
 
 
 class WrongGradientError(ValueError):

@@ -18,10 +18,12 @@ from unhype.checkpoint import Calibration
 from unhype.gate import Gate, GateConfig
 
 from .config import TrainConfig
-from .prompts import forget_prompts, retain_prompts, split_vocabulary
+from .prompts import forget_prompts, lengthen, retain_prompts, split_vocabulary
 
 Embed = Callable[[list[str]], Tensor]
 NOTABLE_MISS_RATE = 0.15
+FARTHEST = 0.5
+"""Of the way to a positive that a virtual negative may go."""
 log = logging.getLogger("unhype")
 
 
@@ -51,7 +53,18 @@ def gather(config: TrainConfig, embed: Embed) -> GateMaterial:
     negatives = retain_prompts(config, words, gate.num_negatives, rng=rng)
     num_held = max(50, round(gate.num_negatives * gate.held_back))
     held_negatives = retain_prompts(config, held_words, num_held, rng=rng)
-    texts = [p.text for p in (*positives, *held_positives)] + negatives + held_negatives
+    groups = [
+        [p.text for p in positives],
+        [p.text for p in held_positives],
+        negatives,
+        held_negatives,
+    ]
+    sources = [words, held_words, words, held_words]
+    texts = [
+        lengthen(text, vocabulary.captions, rng) if rng.random() < gate.long_share else text
+        for group, vocabulary in zip(groups, sources, strict=True)
+        for text in group
+    ]
     counts = [len(positives), len(held_positives), len(negatives), len(held_negatives)]
     embedded = embed(texts).float().cpu().split(counts)
     return GateMaterial(
@@ -94,7 +107,12 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
         chosen = torch.randint(len(positives), (half,), generator=generator)
         other = torch.randint(len(negatives), (settings.batch_size - half,), generator=generator)
         x = torch.cat([positives[chosen], negatives[other]])
+        if settings.virtual_negatives:
+            x[half:] = _virtual(x[half:], positives, settings.virtual_negatives, generator)
         x = x + settings.noise * torch.randn(x.shape, generator=generator)
+        if settings.adversarial:
+            own = material.concepts[chosen]
+            x[:half] = _adversarial(gate, x[:half], own, settings.adversarial)
         wanted = torch.zeros(len(x), len(config.concepts))
         wanted[torch.arange(half), material.concepts[chosen]] = 1
         # One concept's prompts are negatives of the others: weigh the few positives of each up.
@@ -107,12 +125,30 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
     return gate.eval()
 
 
+def _virtual(
+    negatives: Tensor, positives: Tensor, share: float, generator: torch.Generator
+) -> Tensor:
+    """Negatives (batch, dim), of which ``share`` is moved up to ``FARTHEST`` of the way to random positives."""
+    chosen = torch.randint(len(positives), (len(negatives),), generator=generator)
+    moved = torch.rand(len(negatives), 1, generator=generator) < share
+    way = FARTHEST * torch.rand(len(negatives), 1, generator=generator) * moved
+    return negatives + way * (positives[chosen] - negatives)
+
+
+def _adversarial(gate: Gate, positives: Tensor, concepts: Tensor, radius: float) -> Tensor:
+    """Positives (batch, dim) moved by ``radius`` to where the gate sees their concept least, by one step down its gradient."""
+    x = positives.detach().requires_grad_()
+    own = gate.layers(x).gather(1, concepts[:, None])
+    (slope,) = torch.autograd.grad(own.sum(), x)
+    return positives - radius * F.normalize(slope, dim=1)
+
+
 @torch.no_grad()
 def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibration:
     """Shift and scale each concept's logit so that its threshold is probability 0.5; measure what then goes wrong.
 
     The threshold lies ``threshold_position`` of the way from the held-back prompts that must stay silent (all but
-    ``false_fire_rate`` of them) to the held-back prompts that must fire (all but the faintest twentieth); where the two
+    ``false_fire_rate`` of them, over all concepts) to the held-back prompts that must fire (all but the faintest twentieth); where the two
     overlap, silence goes first.
     """
     settings = config.gate
@@ -120,9 +156,10 @@ def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibr
     if not isinstance(last, torch.nn.Linear):
         raise TypeError(f"The gate's last layer must be Linear, got {type(last).__name__}.")
     fire, silent = gate(material.held_positives), gate(material.held_negatives)
+    allowed = settings.false_fire_rate / len(config.concepts)
     for concept in range(len(config.concepts)):
         high = torch.quantile(fire[material.held_concepts == concept, concept], 0.05)
-        low = torch.quantile(silent[:, concept], 1 - settings.false_fire_rate)
+        low = torch.quantile(silent[:, concept], 1 - allowed)
         threshold = low + settings.threshold_position * (high - low).clamp(min=0)
         # Sharpness: halfway between the two groups' medians is a logit of 4 away.
         spread = (

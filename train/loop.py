@@ -6,9 +6,11 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from accelerate import PartialState
@@ -20,7 +22,8 @@ from unhype.hypernetwork import Hypernetwork
 
 from . import state
 from .config import OptimizerConfig, TrainConfig
-from .objectives import Objective
+from .memory import Share, step_share
+from .objectives import Objective, Phase
 
 STAGE = "training the hypernetwork"
 
@@ -47,6 +50,33 @@ Report = Callable[[Event], None]
 
 
 @dataclass(frozen=True)
+class Step:
+    """A finished training step, of ``total``.
+
+    Attributes:
+        rates: learning rate of each optimizer.
+        hypernetwork: as the run would end now.
+    """
+
+    number: int
+    total: int
+    values: Mapping[str, float]
+    rates: Mapping[str, float]
+    seconds: float
+    hypernetwork: Hypernetwork
+
+
+class Recorder(Protocol):
+    """Keeps something of every step, in the main process alone."""
+
+    def begin(self, done: int) -> None:
+        """The run goes on from a number of steps; what is kept of later ones is of no use."""
+        ...
+
+    def record(self, step: Step) -> None: ...
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a run happens in.
 
@@ -54,24 +84,31 @@ class Setting:
         key: of the run; a state with another key is not continued.
         processes: this process among those that share the work.
         stop: set when the run is asked to stop.
+        recorders: told of every training step, before its state is saved.
     """
 
     key: str
     processes: PartialState
     report: Report
     stop: threading.Event
+    recorders: Sequence[Recorder] = ()
 
 
 def run_loop(
     config: TrainConfig, setting: Setting, hypernetwork: Hypernetwork, objective: Objective
-) -> None:
+) -> Share:
     """Train the hypernetwork in place, from the saved state if there is one.
 
     The randomness of a step depends on the seed, the step and the process alone, so a resumed run equals an unbroken one.
+    Where memory runs out, the phase is repeated in parts: the same samples, and the same gradient up to rounding.
+
+    Returns:
+        How many samples fit into memory at once.
 
     Raises:
         TrainingInterrupted: ``setting.stop`` was set; the state is saved.
         TrainingDivergedError: the loss is no finite number.
+        TooLittleMemoryError: not even one sample at once fits.
     """
     settings, processes = config.train, setting.processes
     parameters = list(hypernetwork.parameters())
@@ -93,15 +130,18 @@ def run_loop(
         modules["averaged"] = averaged
     path = state.state_path(config.output)
     start = state.load_state(path, key=setting.key, modules=modules, optimizers=optimizers)
+    share = step_share(start.at_once or settings.batch_size)
+    for recorder in setting.recorders:
+        recorder.begin(start.step)
 
-    for step in range(start, settings.steps):
+    for step in range(start.step, settings.steps):
+        began = time.perf_counter()
         generator = _generator(config.seed, step, processes.process_index)
         values: dict[str, float] = {"loss": 0.0}
         for phase, optimizer in turns:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(settings, phase.lr or settings.lr, step)
-            optimizer.zero_grad()
-            named = phase.backward(settings.batch_size, generator)
+            named = _add_gradient(phase, optimizer, settings.batch_size, generator, share)
             values |= {**named, "loss": values["loss"] + named["loss"]}
             if not math.isfinite(values["loss"]):
                 raise TrainingDivergedError(
@@ -114,13 +154,23 @@ def run_loop(
         if averaged is not None:
             averaged.update_parameters(hypernetwork)
         done = step + 1
+        if setting.recorders:
+            rates = {
+                f"lr{n or ''}": o.param_groups[0]["lr"] for n, o in enumerate(optimizers.values())
+            }
+            seconds = time.perf_counter() - began
+            current = hypernetwork if averaged is None else cast(Hypernetwork, averaged.module)
+            for recorder in setting.recorders:
+                recorder.record(Step(done, settings.steps, values, rates, seconds, current))
         setting.report(Event(STAGE, done, settings.steps, values))
         stopped = _anyone(setting.stop.is_set(), processes) and done < settings.steps
         if processes.is_main_process and (
             stopped or (done % settings.save_every == 0 and done < settings.steps)
         ):
+            at_once = share.at_once if share.at_once < settings.batch_size else None
+            position = state.Position(done, at_once)
             state.save_state(
-                path, key=setting.key, step=done, modules=modules, optimizers=optimizers
+                path, key=setting.key, position=position, modules=modules, optimizers=optimizers
             )
         if stopped:
             raise TrainingInterrupted(
@@ -128,6 +178,25 @@ def run_loop(
             )
     if averaged is not None:
         hypernetwork.load_state_dict(averaged.module.state_dict())
+    return share
+
+
+def _add_gradient(
+    phase: Phase,
+    optimizer: torch.optim.Optimizer,
+    batch_size: int,
+    generator: torch.Generator,
+    share: Share,
+) -> Mapping[str, float]:
+    """Let a phase write its gradient anew, in as many parts as memory asks for, from the same draws."""
+    drawn = generator.get_state()
+
+    def attempt(at_once: int) -> Mapping[str, float]:
+        generator.set_state(drawn)
+        optimizer.zero_grad()
+        return phase.backward(batch_size, generator, math.ceil(batch_size / at_once))
+
+    return share.attempt(attempt)
 
 
 @contextmanager

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from importlib import metadata
 from typing import TypeVar
 
 import torch
@@ -17,20 +17,22 @@ from accelerate import PartialState
 from torch import Tensor
 
 from unhype import checkpoint
-from unhype.checkpoint import ConceptInfo, PackInfo, to_plain
+from unhype.checkpoint import to_plain
 from unhype.gate import Gate
 from unhype.host.locate import has_accelerator
 from unhype.host.text import TextBatch
 from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
 
 from .config import ConfigError, TrainConfig
-from .denoiser import DenoiserLike, check_gradient
+from .denoiser import DenoiserLike
 from .gate import GateMaterial, fit_gate, gather
 from .loop import Event, Report, Setting, run_loop
+from .memory import step_share
 from .objectives import MEASURED_BATCHES, Material, Objective, make_objective
+from .objectives.oracle import MOST, mean_gradient
 from .prompts import forget_prompts
-from .run import CORNER, EMBEDDED_AT_ONCE
-from .trajectories import Pool, collect
+from .run import check_trainable, describe, needs_eta, prompts_at_once
+from .trajectories import Pool, collect, draw
 
 Value = TypeVar("Value")
 
@@ -41,6 +43,8 @@ ENOUGH, MOST_REPEATS = 3.0, 5
 """What takes so many seconds is timed once; anything else up to so many times."""
 FORWARD_SHARE = 1 / 3
 """Of a training step, what a prediction without a gradient takes."""
+ETAS = (MOST + 1) // 2
+"""How many are counted on to be tried, from one to MOST."""
 MEASURED_LENGTH = 400
 """Bytes of a pack's description that hold measured figures, and so are not known before."""
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
@@ -128,13 +132,14 @@ def estimate(
     setting = Setting("plan", processes, lambda event: None, threading.Event())
     hypernetwork = _new_hypernetwork(config, denoiser, material)
     objective = _objective(config, denoiser, hypernetwork, pool, material)
-    check, _ = clock.once(lambda: _check(denoiser, pool))
+    check, _ = clock.once(lambda: check_trainable(denoiser, pool))
+    eta = _eta(config, objective, clock)
     training_step = _training_step(config, setting, hypernetwork, objective, clock)
     with (
         torch.no_grad()
     ):  # the largest batch that a run writes LoRA for; it may need more memory than a step
         hypernetwork.generate(
-            material.negatives[:EMBEDDED_AT_ONCE].to(denoiser.device)
+            material.negatives[: prompts_at_once(hypernetwork)].to(denoiser.device)
         ).squared_norm()
 
     pool_bytes = _pool_bytes(pool, config)
@@ -155,7 +160,9 @@ def estimate(
             "training the gate": gate_step * config.gate.steps,
             "collecting trajectories": rollouts,
             "checking the gradient": check,
+            "measuring eta": eta,
             "training the hypernetwork": training_step * config.train.steps,
+            "drawing samples": rollout_step * _sample_steps(config),
             "measuring": training_step * FORWARD_SHARE * MEASURED_BATCHES,
         },
         target_modules=len(denoiser.targets),
@@ -164,7 +171,9 @@ def estimate(
         gate_parameters=_count(gate),
         pool_bytes=pool_bytes,
         pool_file_bytes=pool_bytes + header_bytes(pool.tensors(), {}),
-        state_bytes=parameters * torch.float32.itemsize * (4 if config.train.ema else 3),
+        state_bytes=parameters
+        * torch.float32.itemsize
+        * (1 + 2 * len(objective.phases) + bool(config.train.ema)),
         pack_bytes=weights + description,
         weight_bytes=weights,
         memory=memory,
@@ -249,12 +258,6 @@ def _trajectories(
     return rollout_step, batch * batches, pool
 
 
-def _check(denoiser: DenoiserLike, pool: Pool) -> None:
-    """Make sure of the gradient, as a run does before its first step."""
-    text = pool.text.rows(pool.prompt[:1])
-    check_gradient(denoiser, pool.latents[:1, :, :CORNER, :CORNER], pool.sigmas[:1], text)
-
-
 def _objective(
     config: TrainConfig,
     denoiser: DenoiserLike,
@@ -272,6 +275,29 @@ def _objective(
             material.negatives.to(denoiser.device),
         ),
     )
+
+
+def _sample_steps(config: TrainConfig) -> float:
+    """How many rollout steps take as long as all sample pictures: the plain ones, and those of each grid."""
+    settings, states = config.samples, config.trajectories
+    grids = math.ceil(config.train.steps / settings.every)
+    pictures = (grids + 1) * len(settings.prompts)
+    return pictures * settings.steps / min(states.batch_size, states.rollouts)
+
+
+def _eta(config: TrainConfig, objective: Objective, clock: Clock) -> float:
+    """Seconds that measuring eta takes, if the run does: as many descents as are counted on."""
+    if not needs_eta(objective, config):
+        return 0.0
+    size = config.train.batch_size
+    batch = draw(objective.material.forget, size, torch.Generator().manual_seed(config.seed))
+    share, theta = step_share(size), objective.start()
+
+    def descend() -> None:
+        share.attempt(lambda at_once: mean_gradient(objective, batch, theta, at_once))
+
+    seconds, _ = clock.time(descend)
+    return seconds * (MEASURED_BATCHES + ETAS * (objective.num_steps + MEASURED_BATCHES))
 
 
 def _training_step(
@@ -333,19 +359,8 @@ def _pack_bytes(
         )
         for name, value in hypernetwork.state_dict().items()
     } | {checkpoint.GATE + name: value.to("meta") for name, value in gate.state_dict().items()}
-    info = PackInfo(
-        family=denoiser.family.name,
-        base=denoiser.fingerprint,
-        hypernetwork=hypernetwork.config,
-        targets=denoiser.targets,
-        gate=gate.config,
-        concepts=tuple(ConceptInfo(c.name, c.target, c.anchor) for c in config.concepts),
-        training=config.plain(),
-        training_digest=config.digest(),
-        version=metadata.version("unhype"),
-        license=config.license,
-    )
-    described = {checkpoint.CONFIG_KEY: json.dumps(to_plain(info))}
+    info = to_plain(describe(config, denoiser, hypernetwork, gate))
+    described = {checkpoint.CONFIG_KEY: json.dumps(info)}
     return sum(value.nbytes for value in stored.values()), (
         header_bytes(stored, described) + MEASURED_LENGTH
     )

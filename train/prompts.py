@@ -7,7 +7,27 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .config import ConceptConfig, TrainConfig, normal
+from .config import ConceptConfig, TrainConfig
+from .phrases import mentions
+
+LONGEST = 45
+"""Words of a long prompt: text encoders read 77 tokens at once."""
+
+MINORS = (
+    "baby",
+    "boy",
+    "child",
+    "girl",
+    "infant",
+    "kid",
+    "minor",
+    "schoolboy",
+    "schoolgirl",
+    "teen",
+    "teenager",
+    "toddler",
+)
+"""Never drawn beside what is erased, which may be nudity."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +81,18 @@ def fill(template: str, *phrases: str) -> str:
     return text
 
 
-def mentions(text: str, phrases: Sequence[str]) -> bool:
-    """Whether one of the phrases stands in the text as whole words, a plural s aside."""
-    return any(re.search(rf"\b{re.escape(normal(p))}s?\b", text.casefold()) for p in phrases)
-
-
 def forget_prompts(config: TrainConfig, num: int, *, rng: random.Random) -> list[ForgetPrompt]:
     """Prompts in which every concept and phrase has an equal share, some beside a retain phrase."""
     templates = split_templates(config.templates)
     phrases = [_cycle(concept.target, rng) for concept in config.concepts]
     singles, pairs = _cycle(templates.single, rng), _cycle(templates.pair, rng)
-    others = _cycle(config.retain, rng)
+    beside = [phrase for phrase in config.retain if not mentions(phrase, MINORS)]
+    others = _cycle(beside, rng)
     prompts = []
     for index in range(num):
         concept = index % len(config.concepts)
         target, anchor = next(phrases[concept]), config.concepts[concept].anchor
-        if rng.random() < config.trajectories.scene_share:
+        if rng.random() < config.trajectories.scene_share and beside:
             template, other = next(pairs), next(others)
             order = rng.random() < 0.5
             text, twin = (
@@ -121,6 +137,15 @@ def retain_prompts(
         else:
             prompts.append(fill(next(singles), next(words)))
     return list(dict.fromkeys(prompts))
+
+
+def lengthen(text: str, captions: Sequence[str], rng: random.Random) -> str:
+    """The text among one to three captions, as far as they fit into ``LONGEST`` words."""
+    parts = [text]
+    for caption in rng.sample(captions, min(rng.choice((1, 1, 2, 3)), len(captions))):
+        if sum(len(part.split()) for part in (*parts, caption)) <= LONGEST:
+            parts.insert(rng.randrange(len(parts) + 1), caption)
+    return ", ".join(part.rstrip(".") for part in parts)
 
 
 def target_phrases(concepts: Sequence[ConceptConfig]) -> list[str]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import random
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from accelerate import PartialState
@@ -17,13 +21,14 @@ from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import ConceptInfo, PackInfo
+from unhype.families import Branch
 from unhype.gate import Gate
 from unhype.host.denoise import Denoiser
 from unhype.host.locate import has_accelerator
 from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
 
 from . import state
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, TrainConfig, TrajectoryConfig
 from .denoiser import DenoiserLike, check_gradient
 from .gate import GateMaterial, gather, train_gate
 from .loop import (
@@ -37,6 +42,7 @@ from .loop import (
     run_loop,
     stop_requests,
 )
+from .memory import Share
 from .objectives import (
     Descent,
     InertError,
@@ -48,11 +54,16 @@ from .objectives import (
     make_objective,
 )
 from .prompts import forget_prompts, retain_prompts, split_vocabulary
+from .record import check_tensorboard, recorders
 from .trajectories import Pool, collect
 
 __all__ = ["Event", "InertError", "Result", "TrainingDivergedError", "TrainingInterrupted", "train"]
 
+log = logging.getLogger("unhype")
+
 EMBEDDED_AT_ONCE = 256
+LORA_BYTES_AT_ONCE = 2**28
+"""Of the LoRA that is written to be measured; that of one prompt takes up to 40 MiB."""
 CORNER = 8
 """Side of the part of a state that the gradient is tried on; small, to be fast."""
 POOL_SETTINGS = {
@@ -97,33 +108,30 @@ def train(
         TrainingInterrupted: SIGINT or SIGTERM came.
         TrainingDivergedError: the loss is no finite number.
         InertError: the objective left the network without effect.
+        TooLittleMemoryError: not even one sample at a time fits.
         WrongGradientError: the model cannot be trained with this version of ComfyUI.
     """
     begin = time.monotonic()
-    _check_writable(config.output)
+    check_writable(config.output)
+    check_tensorboard(config)
     # Gives each process its own device; before the model is loaded.
     processes = PartialState(cpu=not has_accelerator())
     with stop_requests() as stop:
-
-        def report(event: Event) -> None:
-            if progress is not None and processes.is_main_process:
-                progress(event)
-            if stop.is_set() and event.stage != STAGE:
-                raise TrainingInterrupted(
-                    f"Interrupted while {event.stage}, before training began. Run the same command to start again."
-                )
-
+        report = stoppable(progress, processes, stop)
         report(Event("loading the model", 0, 1))
-        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui)
+        pictures = bool(config.samples.prompts)
+        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui, pictures=pictures)
         report(Event("loading the model", 1, 1))
+        _warn_of_unused(config, denoiser)
         key = f"{config.digest()}/{denoiser.fingerprint.digest}"
         setting = Setting(key, processes, report, stop)
+        setting = replace(setting, recorders=recorders(config, denoiser, setting))
 
-        material = gather(config, _embedder(denoiser, report))
-        gate, calibration = train_gate(config, material, _ticker(report, "training the gate"))
+        material = gather(config, embedder(denoiser, report))
+        gate, calibration = train_gate(config, material, ticker(report, "training the gate"))
         hypernetwork = _new_hypernetwork(config, denoiser, material)
-        forget, retain = _pools(config, denoiser, setting)
-        _check(denoiser, forget)
+        forget, retain = collect_pools(config, denoiser, setting)
+        check_trainable(denoiser, forget)
         objective = make_objective(
             config.objective,
             hypernetwork=hypernetwork,
@@ -131,31 +139,18 @@ def train(
             material=Material(forget, retain, material.negatives.to(denoiser.device)),
         )
         objective, found = _with_eta(config, setting, objective)
-        run_loop(config, setting, hypernetwork, objective)
+        share = run_loop(config, setting, hypernetwork, objective)
 
-    measured = torch.Generator().manual_seed(config.seed)
     metrics = {
-        **objective.measure(config.train.batch_size, measured),
-        **_norms(hypernetwork, material),
+        **measure_in_parts(config, objective, share),
+        **lora_norms(hypernetwork, material),
         **found,
     }
     _refuse_inert(config, processes, metrics)
-    info = PackInfo(
-        family=denoiser.family.name,
-        base=denoiser.fingerprint,
-        hypernetwork=hypernetwork.config,
-        targets=denoiser.targets,
-        gate=gate.config,
-        concepts=tuple(ConceptInfo(c.name, c.target, c.anchor) for c in config.concepts),
-        calibration=calibration,
-        training=config.plain(),
-        training_digest=config.digest(),
-        metrics=metrics,
-        version=metadata.version("unhype"),
-        license=config.license,
-    )
+    info = describe(config, denoiser, hypernetwork, gate)
+    info = replace(info, calibration=calibration, metrics=metrics)
     if processes.is_main_process:
-        _finish(config, info, hypernetwork, gate)
+        finish(config, info, hypernetwork, gate)
     state.eta_path(config.output, processes.process_index).unlink(missing_ok=True)
     if not config.trajectories.keep:
         state.pool_path(config.output, processes.process_index).unlink(missing_ok=True)
@@ -163,9 +158,70 @@ def train(
     return Result(config.output, time.monotonic() - begin, metrics)
 
 
-def _finish(config: TrainConfig, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
+def stoppable(progress: Report | None, processes: PartialState, stop: threading.Event) -> Report:
+    """A reporter that also ends the run, before its training, once ``stop`` is set."""
+
+    def report(event: Event) -> None:
+        if progress is not None and processes.is_main_process:
+            progress(event)
+        if stop.is_set() and event.stage != STAGE:
+            raise TrainingInterrupted(
+                f"Interrupted while {event.stage}, before training began. Run the same command to start again."
+            )
+
+    return report
+
+
+def describe(
+    config: TrainConfig, denoiser: DenoiserLike, hypernetwork: Hypernetwork, gate: Gate
+) -> PackInfo:
+    """What a run's pack says of itself, without what is measured."""
+    return PackInfo(
+        family=denoiser.family.name,
+        base=denoiser.fingerprint,
+        hypernetwork=hypernetwork.config,
+        targets=denoiser.targets,
+        gate=gate.config,
+        concepts=tuple(ConceptInfo(c.name, c.target, c.anchor) for c in config.concepts),
+        training=config.plain(),
+        training_digest=config.digest(),
+        version=metadata.version("unhype"),
+        license=config.license,
+    )
+
+
+def needs_eta(objective: Objective, config: TrainConfig) -> TypeGuard[Trajectory]:
+    """Whether a run measures the objective's eta before it trains."""
+    return isinstance(objective, Trajectory) and config.objective.eta == "auto"
+
+
+def _warn_of_unused(config: TrainConfig, denoiser: DenoiserLike) -> None:
+    scale, default = config.trajectories.guidance_scale, TrajectoryConfig().guidance_scale
+    if denoiser.family.branch is Branch.ALL and scale != default:
+        log.warning(
+            "trajectories.guidance_scale is %g, but %s is sampled without guidance: it is not used.",
+            scale,
+            denoiser.family.title,
+        )
+
+
+def measure_in_parts(
+    config: TrainConfig, objective: Objective, share: Share
+) -> Mapping[str, float]:
+    """The objective's figures, in as many parts as training had."""
+    size = config.train.batch_size
+
+    def attempt(at_once: int) -> Mapping[str, float]:
+        generator = torch.Generator().manual_seed(config.seed)
+        return objective.measure(size, generator, math.ceil(size / at_once))
+
+    return share.attempt(attempt)
+
+
+def finish(config: TrainConfig, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
     """Write the pack, then drop the state: whatever happens in between, one of the two is whole."""
-    checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
+    with state.writing(config.output):
+        checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
     state.state_path(config.output).unlink(missing_ok=True)
 
 
@@ -173,7 +229,7 @@ def _with_eta(
     config: TrainConfig, setting: Setting, objective: Objective
 ) -> tuple[Objective, dict[str, float]]:
     """The objective with its eta measured, or kept from before, where it is to be; and what was found, for the pack."""
-    if not isinstance(objective, Trajectory) or config.objective.eta != "auto":
+    if not needs_eta(objective, config):
         return objective, {}
     processes = setting.processes
     path = state.eta_path(config.output, processes.process_index)
@@ -187,7 +243,7 @@ def _with_eta(
             config.train.batch_size,
             seed=config.seed,
             average=lambda tensor: average(tensor, processes),
-            tick=_ticker(setting.report, "measuring eta"),
+            tick=ticker(setting.report, "measuring eta"),
         )
         values = {"eta": found.eta, "loss": found.loss}
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
@@ -209,13 +265,13 @@ def _refuse_inert(
         raise
 
 
-def _check(denoiser: DenoiserLike, pool: Pool) -> None:
+def check_trainable(denoiser: DenoiserLike, pool: Pool) -> None:
     """Make sure of the gradient on the corner of a state."""
     text = pool.text.rows(pool.prompt[:1])
     check_gradient(denoiser, pool.latents[:1, :, :CORNER, :CORNER], pool.sigmas[:1], text)
 
 
-def _pools(
+def collect_pools(
     config: TrainConfig, denoiser: DenoiserLike, setting: Setting
 ) -> tuple[Pool, Pool | None]:
     """This process's states for forget prompts and, if wanted, for retain prompts; from the disk where they are kept."""
@@ -236,7 +292,7 @@ def _pools(
     others = retain_prompts(config, words, settings.retain_rollouts, rng=rng)
 
     def roll_out(name: str, pairs: list[tuple[str, str]], seed: int) -> Pool:
-        tick = _ticker(setting.report, f"collecting trajectories{name}")
+        tick = ticker(setting.report, f"collecting trajectories{name}")
         return collect(denoiser, pairs[index::num], settings, seed=seed, tick=tick)
 
     seed = config.seed + 2 * index
@@ -295,8 +351,16 @@ def _new_hypernetwork(
     return hypernetwork.to(denoiser.device)
 
 
+def prompts_at_once(hypernetwork: Hypernetwork) -> int:
+    """For how many prompts the LoRA is written to be measured."""
+    rank = hypernetwork.config.rank
+    numbers = sum(rank * (t.in_features + t.out_features) for t in hypernetwork.targets)
+    fitting = LORA_BYTES_AT_ONCE // (torch.float32.itemsize * numbers)
+    return min(EMBEDDED_AT_ONCE, max(1, fitting))
+
+
 @torch.no_grad()
-def _norms(hypernetwork: Hypernetwork, material: GateMaterial) -> dict[str, float]:
+def lora_norms(hypernetwork: Hypernetwork, material: GateMaterial) -> dict[str, float]:
     """Mean |dW| of target prompts, retain prompts, and retain prompts of words that training never saw; gate aside."""
     device = next(hypernetwork.parameters()).device
     groups = {
@@ -308,15 +372,15 @@ def _norms(hypernetwork: Hypernetwork, material: GateMaterial) -> dict[str, floa
     for name, embeddings in groups.items():
         squared = [
             hypernetwork.generate(part.to(device)).squared_norm()
-            for part in embeddings.split(EMBEDDED_AT_ONCE)
+            for part in embeddings.split(prompts_at_once(hypernetwork))
         ]
         norms[f"lora_norm_{name}"] = torch.cat(squared).sqrt().mean().item()
     return norms
 
 
-def _embedder(denoiser: DenoiserLike, report: Report) -> Callable[[list[str]], Tensor]:
+def embedder(denoiser: DenoiserLike, report: Report) -> Callable[[list[str]], Tensor]:
     """Pooled embeddings with progress."""
-    tick, size = _ticker(report, "reading prompts"), EMBEDDED_AT_ONCE
+    tick, size = ticker(report, "reading prompts"), EMBEDDED_AT_ONCE
 
     def embed(texts: list[str]) -> Tensor:
         parts = []
@@ -328,11 +392,11 @@ def _embedder(denoiser: DenoiserLike, report: Report) -> Callable[[list[str]], T
     return embed
 
 
-def _ticker(report: Report, stage: str) -> Callable[[int, int], None]:
+def ticker(report: Report, stage: str) -> Callable[[int, int], None]:
     return lambda step, total: report(Event(stage, step, total))
 
 
-def _check_writable(output: Path) -> None:
+def check_writable(output: Path) -> None:
     """Refuse before the work, not after it."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

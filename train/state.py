@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +15,15 @@ from torch import Tensor, nn
 
 from .config import ConfigError
 
-KEY, STEP = "unhype.run", "unhype.step"
+KEY, STEP, AT_ONCE = "unhype.run", "unhype.step", "unhype.at_once"
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: the steps done, and how many samples it computes at once, if not all of a step."""
+
+    step: int = 0
+    at_once: int | None = None
 
 
 def state_path(output: Path) -> Path:
@@ -31,19 +41,33 @@ def eta_path(output: Path, process: int = 0) -> Path:
     return output.with_suffix(f".eta{process or ''}.safetensors")
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write a file that appears under its name only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Let an error within say which file could not be written, and what to do."""
     try:
-        save_file(
-            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
-            part,
-            metadata,
-        )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        yield
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path} cannot be written ({error}). Is the disk full? Make room, then run the same command again: it goes on "
+            "from the last state that was saved."
+        ) from error
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a file that appears under its name only when whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(copies, part, metadata)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -65,7 +89,7 @@ def save_state(
     path: Path,
     *,
     key: str,
-    step: int,
+    position: Position,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
 ) -> None:
@@ -79,7 +103,8 @@ def save_state(
         for index, entry in optimizer.state_dict()["state"].items():
             for name, value in entry.items():
                 tensors[f"{part}/{index}/{name}"] = torch.as_tensor(value)
-    write(path, tensors, {KEY: key, STEP: str(step)})
+    at_once = {AT_ONCE: str(position.at_once)} if position.at_once else {}
+    write(path, tensors, {KEY: key, STEP: str(position.step), **at_once})
 
 
 def load_state(
@@ -88,14 +113,14 @@ def load_state(
     key: str,
     modules: Mapping[str, nn.Module],
     optimizers: Mapping[str, torch.optim.Optimizer],
-) -> int:
-    """Continue from ``path``; the step to go on with, 0 if there is no state.
+) -> Position:
+    """Continue from ``path``; where to go on, at step 0 if there is no state.
 
     Raises:
         ConfigError: the state is damaged, or of another run.
     """
     if not path.exists():
-        return 0
+        return Position()
     tensors, metadata = read(path)
     if metadata.get(KEY) != key:
         raise ConfigError(
@@ -115,4 +140,5 @@ def load_state(
             moments.setdefault(int(index), {})[entry] = value
         # Its settings are those of the run, which the key stands for.
         optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return int(metadata[STEP])
+    at_once = metadata.get(AT_ONCE)
+    return Position(int(metadata[STEP]), int(at_once) if at_once else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from unhype.host.denoise import TextBatch
 
 from .config import TrajectoryConfig
 from .denoiser import DenoiserLike
+from .memory import Share
 
 Tick = Callable[[int, int], None]
 
@@ -56,6 +58,17 @@ class Batch:
     prediction: Tensor
     anchor_prediction: Tensor
 
+    def part(self, rows: slice) -> Batch:
+        """Some of them, without a copy."""
+        text = TextBatch(self.text.cross[rows], self.text.pooled[rows], self.text.host_pooled[rows])
+        return Batch(
+            text,
+            self.latents[rows],
+            self.sigmas[rows],
+            self.prediction[rows],
+            self.anchor_prediction[rows],
+        )
+
 
 def draw(pool: Pool, batch_size: int, generator: torch.Generator) -> Batch:
     """States drawn with replacement."""
@@ -79,6 +92,8 @@ def collect(
 ) -> Pool:
     """Roll the frozen model out on prompts p, a share of them on their anchors m, and predict for both.
 
+    Where memory runs out, the rest is rolled out in smaller batches.
+
     Args:
         prompts: pairs (p, m); equal ones give states whose prediction is to be kept.
     """
@@ -88,9 +103,11 @@ def collect(
     anchors = (
         texts if same else embed_in_batches(denoiser, [m for _, m in prompts], config.batch_size)
     )
-    parts: list[tuple[Tensor, ...]] = []
-    for start in range(0, len(prompts), config.batch_size):
-        index = torch.arange(start, min(start + config.batch_size, len(prompts)))
+
+    def roll_out(start: int, drawn: tuple[object, ...], size: int) -> list[tuple[Tensor, ...]]:
+        """For each kept step of some prompts: their index, states, noise levels and both predictions."""
+        rng.setstate(drawn)
+        index = torch.arange(start, min(start + size, len(prompts)))
         text, anchor = texts.rows(index), anchors.rows(index)
         followed = [
             row + len(index) * (rng.random() < config.anchor_share) for row in range(len(index))
@@ -103,6 +120,7 @@ def collect(
             size=config.size,
             stop_indices=_stops(config, rng),
         )
+        parts = []
         for latents, sigma in zip(states, sigmas, strict=True):
             sigma = sigma.expand(len(index))
             with torch.no_grad():
@@ -111,7 +129,15 @@ def collect(
                     prediction if same else denoiser.predict(latents, sigma, anchor, None).float()
                 )
             parts.append((index, latents, sigma, prediction, twin))
-        tick(int(index[-1]) + 1, len(prompts))
+        return parts
+
+    share = Share(config.batch_size, "pictures of a rollout", "Lower trajectories.size")
+    parts: list[tuple[Tensor, ...]] = []
+    done = 0
+    while done < len(prompts):
+        parts += share.attempt(partial(roll_out, done, rng.getstate()))
+        done = min(done + share.at_once, len(prompts))
+        tick(done, len(prompts))
     # Contiguous, as they come back from disk: sums over another memory order differ in the last bit.
     prompt, latents, sigmas, prediction, twin = (
         torch.cat(part).contiguous() for part in zip(*parts, strict=True)

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from train import state
 from train.cli import app
 from train.config import TrainConfig, make_config
+from train.record import metrics_path
 from train.run import Event, Result, train
 from unhype import checkpoint
 from unhype.families import FAMILIES
@@ -93,7 +94,8 @@ def test_a_run_in_words_and_the_file_it_leaves_make_the_same_pack(
     assert again.exit_code == 0, again.stderr
     first, second = (state.read(path)[0] for path in (pack, tmp_path / "b.safetensors"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {file.name, pack.name}
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {file.name, pack.name, metrics_path(pack).name}
 
 
 def test_an_interrupted_run_in_words_goes_on_from_its_file(

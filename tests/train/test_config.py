@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from train.cli import app
 from train.config import ConfigError, TrainConfig, load_config, make_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 Data = dict[str, object]
 
 
@@ -18,11 +19,6 @@ def refused(data: Data, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
         make_config(data, overrides)
     return str(caught.value)
-
-
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
-def test_every_shipped_config_is_valid(path: Path) -> None:
-    assert load_config(path).concepts
 
 
 def test_an_unknown_key_is_named_with_its_line_and_a_guess(tmp_path: Path, data: Data) -> None:
@@ -52,6 +48,36 @@ def test_a_retain_phrase_that_is_a_target(data: Data) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("target", "kept"),
+    [("cat", "the  cats"), ("bus", "buses"), ("cats", "a cat"), ("pony", "ponies"), ("wolf", "wolves"), ("field mouse", "field mice")],
+)  # fmt: skip
+def test_a_retain_phrase_that_is_a_target_in_another_number(
+    data: Data, target: str, kept: str
+) -> None:
+    concept = {"name": "it", "target": [target], "anchor": "a meadow"}
+    text = refused({**data, "concepts": [concept], "retain": ["dog", kept]})
+    assert f"retain phrase {kept!r} is in another number a target phrase of 'it'" in text
+
+
+def test_a_retain_phrase_that_holds_a_target_is_told_but_allowed(data: Data) -> None:
+    config = make_config({**data, "retain": ["hot dog", "Tabby cats", "catalog", "bus"]})
+    assert config.retained_mentions() == {"Tabby cats": "cat"}
+
+
+@pytest.mark.parametrize("command", [["validate"], ["train", "--comfyui", "."]])
+def test_the_command_line_warns_of_retain_phrases_that_hold_a_target(
+    command: list[str], data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = tmp_path / "tiny.safetensors", tmp_path / "run.yaml"
+    model.touch()
+    path.write_text(
+        yaml.safe_dump({**data, "checkpoint": str(model), "retain": ["big cat", "bus"]})
+    )
+    CliRunner().invoke(app, [*command, str(path)])
+    assert "hold a target phrase: 'big cat' ('cat')" in caplog.text
+
+
 def test_an_anchor_that_is_its_own_target(data: Data) -> None:
     concept = {"name": "cat", "target": ["cat"], "anchor": "the cat"}
     assert "the anchor 'the cat' of concept 'cat' is one of its target phrases" in refused(
@@ -77,6 +103,52 @@ def test_blank_phrases(data: Data) -> None:
     assert "concepts.0.target.0 is ' ', expected text that is not blank" in refused(
         {**data, "concepts": [concept]}
     )
+
+
+@pytest.mark.parametrize("phrase", ["\u200b", "...", "\u2764\ufe0f"])
+def test_phrases_without_a_word(data: Data, phrase: str) -> None:
+    concept = {"name": "cat", "target": ["cat", phrase], "anchor": "a meadow"}
+    text = refused({**data, "concepts": [concept], "retain": ["dog", phrase]})
+    for key in ("concepts.0.target.1", "retain.1"):
+        assert f"{key}: got {phrase!r}, expected a phrase with a letter or digit" in text
+
+
+def test_phrases_of_any_script(data: Data) -> None:
+    concept = {
+        "name": "\u732b",
+        "target": ["\u732b", "\u043a\u043e\u0442", "42"],
+        "anchor": "a meadow",
+    }
+    assert len(make_config({**data, "concepts": [concept]}).concepts[0].target) == 3
+
+
+def test_wrong_types_are_told_with_their_lines(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "checkpoint: 3\n"
+        "output: pack.safetensors\n"
+        "concepts: cat\n"
+        "retain:\n"
+        "  - dog\n"
+        "  - no\n"
+        "gate: {noise: loud}\n"
+        "train: [5]\n"
+        "trajectories:\n"
+        "  keep: 1\n"
+        "  size: 64.5\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    for sentence in (
+        f"checkpoint in {path}, line 1 is 3, expected a file name",
+        f"concepts in {path}, line 3 is 'cat', expected a list",
+        f"retain.1 in {path}, line 6 is False, expected text",
+        f"gate.noise in {path}, line 7 is 'loud', expected a number",
+        f"train in {path}, line 8 is [5], expected a section with keys",
+        f"trajectories.keep in {path}, line 10 is 1, expected true or false",
+        f"trajectories.size in {path}, line 11 is 64.5, expected a whole number",
+    ):
+        assert sentence in str(caught.value)
 
 
 def test_a_template_without_a_slot(data: Data) -> None:

@@ -22,6 +22,7 @@ from train import cli, state
 from train.config import ConfigError, TrainConfig, make_config
 from train.loop import STAGE, Event
 from train.objectives import Material, Trajectory, find_eta, make_objective
+from train.record import metrics_path
 from train.run import InertError, TrainingInterrupted, train
 from train.trajectories import Pool, collect, draw
 from unhype import checkpoint
@@ -186,7 +187,8 @@ def test_matching_at_the_published_eta_is_inert_and_says_so(
     loss, without = map(float, told.groups())
     assert loss == pytest.approx(without, rel=0.01)
     # Only what other settings can use again is left.
-    assert [path.name for path in config.output.parent.iterdir()] == ["pack.pool.safetensors"]
+    left = {path.name for path in config.output.parent.iterdir()}
+    assert left == {"pack.pool.safetensors", "pack.metrics.jsonl"}
 
 
 @pytest.mark.parametrize("architecture", ["atoms", "heads"])
@@ -203,7 +205,8 @@ def test_matching_with_a_measured_eta_erases(
     assert metrics["oracle_loss"] < metrics["erase_loss_without"]
     assert metrics["eta"] > 1e-3
     assert "measuring eta" in stages
-    assert [path.name for path in config.output.parent.iterdir()] == [config.output.name]
+    left = {path.name for path in config.output.parent.iterdir()}
+    assert left == {config.output.name, metrics_path(config.output).name}
 
 
 @pytest.mark.parametrize(
@@ -289,7 +292,10 @@ def test_two_processes_find_one_eta_and_resume_exactly(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"whole.safetensors", "broken.safetensors", "stopped0", "stopped1"}
+    kept = {
+        f"{run}.{kind}" for run in ("whole", "broken") for kind in ("safetensors", "metrics.jsonl")
+    }
+    assert names == {*kept, "stopped0", "stopped1"}
     eta, loss = (
         [
             checkpoint.read_info(tmp_path / f"{run}.safetensors").metrics[key]

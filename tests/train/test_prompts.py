@@ -34,7 +34,10 @@ def test_a_phrase_gets_the_article_it_needs(
 
 def test_mentions_are_of_whole_words() -> None:
     assert mentions("Two cats on a wall", ["cat"])
+    assert mentions("an interview\nwith Robert  Downey Jr.", ["Robert Downey Jr."])
+    assert mentions("two red buses", ["a red bus"])
     assert not mentions("a catalog", ["cat"])
+    assert not mentions("a calm morning", [])
 
 
 def test_every_forget_prompt_has_its_target_and_its_twin_the_anchor(make: Make) -> None:

@@ -15,6 +15,7 @@ import torch
 from train import state
 from train.config import ConfigError, TrainConfig
 from train.loop import STAGE
+from train.record import metrics_path
 from train.run import Event, TrainingDivergedError, TrainingInterrupted, train
 from unhype import checkpoint
 from unhype.checkpoint import BaseFingerprint
@@ -57,7 +58,8 @@ def test_a_run_ends_in_a_pack_that_says_everything(make: Make, denoiser: TinyDen
         "collecting trajectories",
         "training the hypernetwork",
     ]
-    assert [path.name for path in config.output.parent.iterdir()] == [config.output.name]
+    left = {path.name for path in config.output.parent.iterdir()}
+    assert left == {config.output.name, metrics_path(config.output).name}
 
 
 def test_training_lowers_the_erase_loss(make: Make, denoiser: TinyDenoiser) -> None:
@@ -249,4 +251,7 @@ def test_two_processes_stop_together_and_resume_exactly(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"whole.safetensors", "broken.safetensors", "stopped0", "stopped1"}
+    kept = {
+        f"{run}.{kind}" for run in ("whole", "broken") for kind in ("safetensors", "metrics.jsonl")
+    }
+    assert names == {*kept, "stopped0", "stopped1"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +36,7 @@ class Material:
         return self.retain_embeddings[chosen.to(self.retain_embeddings.device)]
 
 
-Backward = Callable[[int, torch.Generator], Mapping[str, float]]
+Backward = Callable[[int, torch.Generator, int], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Phase:
     """A part of every step that has an optimizer of its own.
 
     Attributes:
-        backward: given batch size and generator, adds a gradient to the hypernetwork; returns named values, ``loss`` among them.
+        backward: given batch size, generator and a number of parts, adds a gradient to the hypernetwork; returns named values,
+            ``loss`` among them. What it draws does not depend on the parts that it is computed in, for the sake of memory.
         repeats: how often a step takes it.
         lr: highest learning rate; ``train.lr`` by default.
     """
@@ -62,9 +63,35 @@ class Objective(Protocol):
         """What a step does, one after another."""
         ...
 
-    def measure(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+    def measure(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         """Figures of the finished network, for the pack."""
         ...
+
+
+def cut(size: int, parts: int) -> Iterator[tuple[slice, float]]:
+    """A batch in nearly equal parts, none of them empty, and which share of it each is."""
+    parts = min(size, parts)
+    for part in range(parts):
+        start, stop = size * part // parts, size * (part + 1) // parts
+        yield slice(start, stop), (stop - start) / size
+
+
+def accumulate(
+    size: int, parts: int, loss: Callable[[slice], Tensor], weight: float = 1.0
+) -> float:
+    """Add the gradient of a weighted loss that is a mean over a batch, part by part.
+
+    Returns:
+        The loss without the weight.
+    """
+    total = 0.0
+    for part, share in cut(size, parts):
+        value = loss(part)
+        (weight * share * value).backward()
+        total += share * float(value.detach())
+    return total
 
 
 def dial(batch: Batch, share: Tensor, negative_guidance: float) -> Tensor:
@@ -87,12 +114,16 @@ def measure_erasing(
     negative_guidance: float,
     batch_size: int,
     generator: torch.Generator,
+    parts: int,
 ) -> dict[str, float]:
-    """The erase loss at s = S over some batches, and what it is without LoRA."""
+    """The erase loss at s = S over some batches, each in parts, and what it is without LoRA."""
     losses = []
     for _ in range(MEASURED_BATCHES):
         batch = draw(pool, batch_size, generator)
         plain = torch.nn.functional.mse_loss(batch.prediction, end(batch, negative_guidance))
-        losses.append((float(loss_at_end(batch)), float(plain)))
+        adapted = sum(
+            share * float(loss_at_end(batch.part(part))) for part, share in cut(batch_size, parts)
+        )
+        losses.append((adapted, float(plain)))
     erase, without = (statistics.fmean(values) for values in zip(*losses, strict=True))
     return {"erase_loss": erase, "erase_loss_without": without}

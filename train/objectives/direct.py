@@ -13,7 +13,7 @@ from unhype.hypernetwork import Hypernetwork
 from ..config import ObjectiveConfig
 from ..denoiser import DenoiserLike
 from ..trajectories import Batch, draw
-from .base import Material, Phase, dial, measure_erasing
+from .base import Material, Phase, accumulate, dial, measure_erasing
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,30 @@ class Direct:
     def phases(self) -> tuple[Phase, ...]:
         return (Phase(self.backward),)
 
-    def backward(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+    def backward(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         forget = draw(self.material.forget, batch_size, generator)
-        erase = self._regression(forget, self._positions(batch_size, generator))
-        erase.backward()
-        values = {"erase": float(erase.detach())}
+        s = self.positions(batch_size, generator)
+        erase = accumulate(
+            batch_size, parts, lambda part: self._regression(forget.part(part), s[part])
+        )
+        values = {"erase": erase}
 
-        if self.config.weight_retention:
-            kept = self.material.draw_retained(self.config.retain_batch_size, generator)
-            retain = self.hypernetwork.generate(kept).squared_norm().mean()
-            (self.config.weight_retention * retain).backward()
-            values["retain"] = float(retain.detach())
+        if weight := self.config.weight_retention:
+            embeddings = self.material.draw_retained(self.config.retain_batch_size, generator)
+            values["retain"] = accumulate(
+                len(embeddings),
+                parts,
+                lambda part: self.hypernetwork.generate(embeddings[part]).squared_norm().mean(),
+                weight,
+            )
 
-        if self.config.function_retention and self.material.retain is not None:
+        if (weight := self.config.function_retention) and self.material.retain is not None:
             kept = draw(self.material.retain, batch_size, generator)
-            change = self._regression(kept, self._full(batch_size))
-            (self.config.function_retention * change).backward()
-            values["change"] = float(change.detach())
+            values["change"] = accumulate(
+                batch_size, parts, lambda part: self._at_end(kept.part(part)), weight
+            )
 
         loss = (
             values["erase"]
@@ -58,20 +65,25 @@ class Direct:
         )
         return {"loss": loss, **values}
 
-    def measure(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+    def measure(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         return measure_erasing(
-            lambda batch: self._regression(batch, self._full(batch_size)),
+            self._at_end,
             self.material.forget,
             self.config.negative_guidance,
             batch_size,
             generator,
+            parts,
         )
 
-    def _full(self, batch_size: int) -> Tensor:
-        """s = S for every sample."""
-        return torch.full((batch_size,), float(self.hypernetwork.config.num_steps))
+    def _at_end(self, batch: Batch) -> Tensor:
+        """The regression at s = S for every sample."""
+        return self._regression(
+            batch, torch.full_like(batch.sigmas, self.hypernetwork.config.num_steps)
+        )
 
-    def _positions(self, batch_size: int, generator: torch.Generator) -> Tensor:
+    def positions(self, batch_size: int, generator: torch.Generator) -> Tensor:
         """s, one a sample: S for a share of them, else uniform in [0, S)."""
         full = torch.rand(batch_size, generator=generator) < self.config.full_strength
         position = torch.rand(batch_size, generator=generator).masked_fill(full, 1.0)

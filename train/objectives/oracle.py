@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..trajectories import Tick, draw
-from .base import MEASURED_BATCHES
+from ..memory import step_share
+from ..trajectories import Batch, Tick, draw
+from .base import MEASURED_BATCHES, cut
 from .trajectory import InertError, Trajectory
 
 log = logging.getLogger("unhype")
@@ -34,6 +36,19 @@ class Descent:
     loss: float
 
 
+def mean_gradient(
+    objective: Trajectory, batch: Batch, theta: Tensor, at_once: int
+) -> tuple[float, Tensor]:
+    """L_task over a batch and its gradient, (size,), with the same theta, (1, size), for all samples; some at once."""
+    size = len(batch.latents)
+    loss, gradient = 0.0, torch.zeros_like(theta[0])
+    for part, share in cut(size, math.ceil(size / at_once)):
+        rows = batch.part(part)
+        here, g = objective.task_gradient(rows, theta.expand(len(rows.latents), -1))
+        loss, gradient = loss + share * here, gradient + share * g.mean(dim=0)
+    return loss, gradient
+
+
 def find_eta(
     objective: Trajectory, batch_size: int, *, seed: int, average: Average, tick: Tick
 ) -> Descent:
@@ -45,13 +60,13 @@ def find_eta(
     Raises:
         InertError: the loss falls with none.
     """
-    start, num_steps = objective.start(), objective.num_steps
+    start, num_steps, share = objective.start(), objective.num_steps, step_share(batch_size)
 
     def descend(theta: Tensor, generator: torch.Generator) -> tuple[float, Tensor]:
         """L_task and its gradient, (1, size), for the same theta in all samples."""
         batch = draw(objective.material.forget, batch_size, generator)
-        loss, g = objective.task_gradient(batch, theta.expand(batch_size, -1))
-        both = average(torch.cat([g.mean(dim=0), g.new_tensor([loss])]))
+        loss, g = share.attempt(lambda at_once: mean_gradient(objective, batch, theta, at_once))
+        both = average(torch.cat([g, g.new_tensor([loss])]))
         return float(both[-1]), both[None, :-1]
 
     def survey(theta: Tensor) -> tuple[float, Tensor]:

@@ -17,7 +17,7 @@ from unhype.lora import LoRAFactors, TargetModule
 from ..config import ObjectiveConfig, ObjectiveName
 from ..denoiser import DenoiserLike
 from ..trajectories import Batch, draw
-from .base import Material, Phase, end, measure_erasing
+from .base import Material, Phase, accumulate, cut, end, measure_erasing
 
 ALIVE = 0.9
 """Share of the erase loss that a network must get below, or it is inert."""
@@ -55,44 +55,62 @@ class Trajectory:
             return Phase(self.remove), retention
         return (Phase(self.remove_and_retain),)
 
-    def remove_and_retain(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+    def remove_and_retain(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         """Both in one step."""
-        removed, retained = self.remove(batch_size, generator), self.retain(batch_size, generator)
+        removed = self.remove(batch_size, generator, parts)
+        retained = self.retain(batch_size, generator, parts)
         return {**removed, **retained, "loss": removed["loss"] + retained["loss"]}
 
-    def remove(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+    def remove(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         """Add the gradient for target prompts."""
         batch = draw(self.material.forget, batch_size, generator)
         s = torch.randint(self.num_steps, (batch_size,), generator=generator)
-        # Made apart: the gradient of what is the same at both then cancels to the last bit. Adam would enlarge a rest.
-        now, after = (self._theta(batch.text.pooled, at) for at in (s, s + 1))
-        task, g = self.task_gradient(batch, now)
-        matching = self._squared(after - now + self.eta * g)
-        loss = self.config.remove_weight * matching
-        value = float(loss.detach())
-        if self._is_joint:
-            loss = loss + (now * g).sum(dim=1).mean()  # has the gradient of L_task(H(c, s))
-            value += task
-        loss.backward()
-        return {"loss": value, "erase": task, "matching": float(matching.detach())}
+        erase = matching = weighted = 0.0
+        for part, share in cut(batch_size, parts):
+            rows, at = batch.part(part), s[part]
+            # Made apart: the gradient of what is the same at both then cancels to the last bit. Adam would enlarge a rest.
+            now, after = (self._theta(rows.text.pooled, step) for step in (at, at + 1))
+            task, g = self.task_gradient(rows, now)
+            squared = self._squared(after - now + self.eta * g)
+            loss = self.config.remove_weight * squared
+            erase += share * task
+            matching += share * float(squared.detach())
+            weighted += share * float(loss.detach())
+            if self._is_joint:
+                loss = loss + (now * g).sum(dim=1).mean()  # has the gradient of L_task(H(c, s))
+            (share * loss).backward()
+        value = weighted + erase if self._is_joint else weighted
+        return {"loss": value, "erase": erase, "matching": matching}
 
-    def retain(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+    def retain(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         """Add the gradient for retain prompts, ``retain_batch_size`` of them."""
         embeddings = self.material.draw_retained(self.config.retain_batch_size, generator)
         t = torch.randint(self.num_steps + 1, (len(embeddings),), generator=generator)
-        moved, start = (self._theta(embeddings, at) for at in (t, torch.zeros_like(t)))
-        retain = self._squared(moved - start)
-        loss = self.config.retain_weight * retain
-        loss.backward()
-        return {"loss": float(loss.detach()), "retain": float(retain.detach())}
 
-    def measure(self, batch_size: int, generator: torch.Generator) -> Mapping[str, float]:
+        def distance(part: slice) -> Tensor:
+            at = t[part]
+            moved, start = (self._theta(embeddings[part], s) for s in (at, torch.zeros_like(at)))
+            return self._squared(moved - start)
+
+        retain = accumulate(len(embeddings), parts, distance, self.config.retain_weight)
+        return {"loss": self.config.retain_weight * retain, "retain": retain}
+
+    def measure(
+        self, batch_size: int, generator: torch.Generator, parts: int = 1
+    ) -> Mapping[str, float]:
         return measure_erasing(
             lambda batch: self.task_loss(batch, self._theta(batch.text.pooled, self.num_steps)),
             self.material.forget,
             self.config.negative_guidance,
             batch_size,
             generator,
+            parts,
         )
 
     @property

@@ -1,0 +1,120 @@
+"""Pictures drawn while training: a row for each prompt, the plain model's beside those with LoRA."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from unhype.hypernetwork import Hypernetwork
+
+from . import state
+from .config import ConfigError, TrainConfig
+from .denoiser import DenoiserLike
+from .loop import Step
+from .memory import Share
+
+if TYPE_CHECKING:
+    from .evaluate.base import PictureModel
+
+DRAWS = ("sample", "decode", "noise")
+"""What a model that draws has beside what training needs."""
+COLUMNS = ("without LoRA", "with LoRA")
+GAP, LINE = 4, 14
+"""Pixels between pictures, and of a line of text."""
+
+
+def samples_path(output: Path, step: int) -> Path:
+    """Where the grid of a step is, of the run that writes ``output``."""
+    return output.with_suffix(".samples") / f"step-{step:06d}.png"
+
+
+class Samples:
+    """Draws the same pictures every now and then, with the LoRA that the network then writes at s = S, gate aside.
+
+    Raises:
+        ConfigError: the model does not draw.
+    """
+
+    def __init__(self, config: TrainConfig, denoiser: DenoiserLike) -> None:
+        if not _draws(denoiser):
+            missing = ", ".join(name for name in DRAWS if not hasattr(denoiser, name))
+            raise ConfigError(
+                f"samples.prompts asks for pictures, but {denoiser.fingerprint.name} was loaded without what draws them "
+                f"({missing}). Leave samples.prompts empty."
+            )
+        self._config, self._model = config, denoiser
+        self._share = Share(
+            config.trajectories.batch_size, "sample pictures", "Leave samples.prompts empty"
+        )
+        self._plain: Tensor | None = None
+
+    def begin(self, done: int) -> None:
+        """Nothing: grids of later steps are drawn again."""
+
+    def record(self, step: Step) -> None:
+        if step.number % self._config.samples.every and step.number < step.total:
+            return
+        prompts = self._config.samples.prompts
+        if self._plain is None:
+            self._plain = self._draw(None)
+        grid = _grid(prompts, (self._plain, self._draw(step.hypernetwork)))
+        path = samples_path(self._config.output, step.number)
+        part = path.with_name(path.name + ".part")
+        with state.writing(path):
+            path.parent.mkdir(exist_ok=True)
+            try:
+                grid.save(part, format="PNG")
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
+
+    @torch.no_grad()
+    def _draw(self, hypernetwork: Hypernetwork | None) -> Tensor:
+        """A picture of each prompt, (prompts, 3, height, width) on the CPU."""
+        model, settings, states = self._model, self._config.samples, self._config.trajectories
+        prompts = settings.prompts
+        pictures: list[Tensor] = []
+
+        def draw(size: int) -> Tensor:
+            text = model.embed(prompts[len(pictures) : len(pictures) + size])
+            latents = model.sample(
+                text,
+                None if hypernetwork is None else hypernetwork.generate(text.pooled),
+                steps=settings.steps,
+                guidance_scale=states.guidance_scale,
+                noise=model.noise([settings.seed] * len(text), states.size),
+            )
+            return model.decode(latents).cpu()
+
+        while len(pictures) < len(prompts):
+            pictures += self._share.attempt(draw)
+        return torch.stack(pictures)
+
+
+def _draws(denoiser: DenoiserLike) -> TypeGuard[PictureModel]:
+    return all(callable(getattr(denoiser, name, None)) for name in DRAWS)
+
+
+def _grid(prompts: tuple[str, ...], columns: tuple[Tensor, ...]) -> Image.Image:
+    """Columns of pictures under their names, the prompt over each row."""
+    _, _, height, width = columns[0].shape
+    row = LINE + height + GAP
+    grid = Image.new(
+        "RGB", (len(columns) * (width + GAP) - GAP, LINE + len(prompts) * row), "white"
+    )
+    write = ImageDraw.Draw(grid)
+    for column, (name, pictures) in enumerate(zip(COLUMNS, columns, strict=True)):
+        left = column * (width + GAP)
+        write.text((left, 0), name, fill="black")
+        for index, picture in enumerate(pictures):
+            pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+            top = 2 * LINE + index * row
+            grid.paste(Image.fromarray(pixels.contiguous().numpy()), (left, top))
+    for index, prompt in enumerate(prompts):
+        write.text((0, LINE + index * row), prompt, fill="black")
+    return grid
