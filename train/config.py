@@ -160,7 +160,27 @@ class GateConfig(BaseModel):
     adversarial: Number = 0.0
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.01
-    threshold_position: Share = 0.5
+    threshold_position: Share = 0.3
+
+
+class DiscoveryConfig(BaseModel):
+    """Words that the frozen model itself takes for a concept, found in its own vocabulary.
+
+    Attributes:
+        words: how many of the vocabulary's most frequent words are looked at; 0 for none.
+        candidates: how many of them, the nearest to a concept, the model is asked about.
+        same: up to this distance of predictions a word counts as the concept's; 1 is the distance of the anchor's.
+        different: from this distance on it counts as something else, which stays.
+        exclude: words never looked at, so that an evaluation can ask for them later.
+    """
+
+    model_config = STRICT
+
+    words: Annotated[int, Field(ge=0)] = 0
+    candidates: Count = 24
+    same: Share = 0.1
+    different: Positive = 0.3
+    exclude: Lines = ()
 
 
 class TrajectoryConfig(BaseModel):
@@ -359,6 +379,7 @@ class TrainConfig(BaseModel):
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     license: str = ""
     network: NetworkConfig = NetworkConfig()
+    discovery: DiscoveryConfig = DiscoveryConfig()
     gate: GateConfig = GateConfig()
     trajectories: TrajectoryConfig = TrajectoryConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

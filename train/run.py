@@ -30,6 +30,8 @@ from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetw
 from . import state
 from .config import ConfigError, TrainConfig, TrajectoryConfig
 from .denoiser import DenoiserLike, check_gradient
+from .discovery import describe as describe_words
+from .discovery import discover, widen
 from .gate import GateMaterial, gather, train_gate
 from .loop import (
     STAGE,
@@ -127,6 +129,8 @@ def train(
         setting = Setting(key, processes, report, stop)
         setting = replace(setting, recorders=recorders(config, denoiser, setting))
 
+        discovered = discover(config, denoiser, ticker(report, "asking for other words"))
+        given, config = config, widen(config, discovered)
         material = gather(config, embedder(denoiser, report))
         gate, calibration = train_gate(config, material, ticker(report, "training the gate"))
         hypernetwork = _new_hypernetwork(config, denoiser, material)
@@ -147,8 +151,13 @@ def train(
         **found,
     }
     _refuse_inert(config, processes, metrics)
-    info = describe(config, denoiser, hypernetwork, gate)
-    info = replace(info, calibration=calibration, metrics=metrics)
+    words = describe_words(discovered, config.concepts)
+    info = replace(
+        describe(given, denoiser, hypernetwork, gate),
+        concepts=tuple(ConceptInfo(c.name, c.target, c.anchor) for c in config.concepts),
+        calibration=calibration,
+        metrics={**metrics, "discovered": words},
+    )
     if processes.is_main_process:
         finish(config, info, hypernetwork, gate)
     state.eta_path(config.output, processes.process_index).unlink(missing_ok=True)

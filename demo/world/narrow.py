@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -16,14 +17,14 @@ from unhype.checkpoint import BaseFingerprint
 from unhype.families import FAMILIES, FamilySpec
 from unhype.host import vision
 from unhype.host.bypass import adapted, find_sites, find_targets
-from unhype.host.text import TextBatch
+from unhype.host.text import TextBatch, Tokens
 from unhype.lora import LoRAFactors, TargetModule
 
 from .expand import COMPACT, read_compact
-from .text_encoder import BOS, EOS, LENGTH
+from .text_encoder import EOS
 from .unet import LATENT_CHANNELS, WorldUNet, noise_schedule
 from .vae import WorldVAE
-from .words import Tokenizer, tokenizer_folder
+from .words import Tokenizer, known_words, tokenizer_folder
 
 DOWNSCALE = 8
 TEXTS_AT_ONCE = 64
@@ -42,8 +43,9 @@ class NarrowWorld:
             module.eval().requires_grad_(False)
         vision.declare_when_imported()  # transformers imports it
         self._tokenize = Tokenizer(tokenizer_folder())
+        self._words = list(known_words(tokenizer_folder()))
         self.device = torch.device("cpu")
-        self.family: FamilySpec = FAMILIES["sd1"]
+        self.family: FamilySpec = next(iter(FAMILIES.values()))
         self.targets: tuple[TargetModule, ...] = find_targets(self._unet, self.family.targets)
         self._sites = find_sites(self._unet, self.targets)
         digest = hashlib.sha256(compact.read_bytes()).hexdigest()[:16]
@@ -67,6 +69,29 @@ class NarrowWorld:
         for chosen in ends.argsort().split(TEXTS_AT_ONCE):
             pooled[chosen] = self._text(ids[chosen][:, : int(ends[chosen].max()) + 1])[1]
         return pooled
+
+    @torch.no_grad()
+    def token_embeddings(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of prompts; what is beyond 77 is cut."""
+        ids = self._tokenize(texts)
+        return Tokens(ids, self.vocabulary()[ids], (ids == EOS).int().argmax(-1))
+
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> TextBatch:
+        """``embed`` from token embeddings (batch, tokens, 768) that end at ``ends`` (batch,), differentiable in them."""
+        states, pooled = self._text.encode(embeddings, ends)
+        return TextBatch(states, pooled, pooled)
+
+    def vocabulary(self) -> Tensor:
+        """The embedding of every token, (49408, 768)."""
+        return self._table
+
+    def spell(self, ids: Tensor) -> list[str]:
+        """The text of each row of token ids (batch, tokens), up to its end."""
+        return self._tokenize.spell(ids)
+
+    def words(self) -> list[str]:
+        """Whole words that the text encoder knows, the most frequent ones first."""
+        return [word for word in self._words if len(word) > 2]
 
     def predict(
         self, x_t: Tensor, sigma: Tensor, text: TextBatch, factors: LoRAFactors | None
@@ -113,10 +138,8 @@ class NarrowWorld:
         noise: Tensor,
     ) -> Tensor:
         """Latents (batch, 4, height, width), LoRA on the conditional branch."""
-        x_t = noise
-        for x_t in self._euler(text, factors, noise, self._levels(steps), guidance_scale):
-            pass
-        return x_t
+        *_, latents = self._euler(text, factors, noise, self._levels(steps), guidance_scale)
+        return latents
 
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         """Noise for pictures of ``size`` pixels, (seeds, 4, height, width)."""
@@ -135,6 +158,10 @@ class NarrowWorld:
         return tuple(
             self._unet.get_submodule(target.name).get_parameter("weight") for target in self.targets
         )
+
+    @cached_property
+    def _table(self) -> Tensor:
+        return self._text.token_table()
 
     def _levels(self, steps: int) -> Tensor:
         """Noise levels of the host's scheduler ``normal``, (steps + 1,)."""

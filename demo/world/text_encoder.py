@@ -82,7 +82,11 @@ class WorldTextEncoder(nn.Module):
         words = self.project(words)
         words = torch.where((tokens == BOS)[..., None], self.special[0], words)
         words = torch.where((tokens == EOS)[..., None], self.special[1], words)
-        hidden = words + self.full_positions()[: tokens.shape[1]]
+        return self.encode(words, (tokens == EOS).int().argmax(-1))
+
+    def encode(self, words: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        """States (batch, n, 768) of token embeddings (batch, n, 768), and those at ``ends``, (batch, 768)."""
+        hidden = words + self.full_positions()[: words.shape[1]]
         q, k, v = rearrange(
             self.qkv(self.norm1(hidden)), "b n (three h d) -> three b h n d", three=3, d=HEAD_DIM
         )
@@ -91,8 +95,7 @@ class WorldTextEncoder(nn.Module):
         inner = self.up(self.norm2(hidden))
         hidden = hidden + self.down(inner * torch.sigmoid(1.702 * inner))
         states = self.final(hidden)
-        end = (tokens == EOS).int().argmax(-1)
-        return states, states[torch.arange(len(states)), end]
+        return states, states[torch.arange(len(states)), ends]
 
     def to_clip(self) -> dict[str, Tensor]:
         """The state dict of a CLIP-L text model that computes the same: idle heads, units and layers are zero."""

@@ -15,7 +15,7 @@ from unhype.host.locate import find_comfyui
 
 from .captions import ADJECTIVES, Lexicon
 from .concepts import STYLES, load_concepts, load_held_out
-from .text_encoder import LENGTH, VOCAB
+from .text_encoder import EOS, LENGTH, VOCAB
 
 VOCABULARY_SIZE = 17_000
 NEAR_SIMILARITY, NEAR_MARGIN, FAR_SIMILARITY = 0.62, 0.08, 0.35
@@ -121,3 +121,8 @@ class Tokenizer:
         ids = torch.tensor(encoded["input_ids"])
         end = (ids == 49407).int().argmax(-1, keepdim=True)
         return torch.where(torch.arange(LENGTH) > end, 49407, ids)
+
+    def spell(self, ids: Tensor) -> list[str]:
+        """The text of each row of token ids (texts, tokens), up to its end."""
+        rows = [row[: row.index(EOS)] if EOS in row else row for row in ids.tolist()]
+        return [self.inner.decode(row, skip_special_tokens=True) for row in rows]

@@ -13,6 +13,7 @@ from torch import Tensor
 from unhype.host.denoise import TextBatch
 from unhype.lora import LoRAFactors
 
+from ..config import TrainConfig
 from ..denoiser import DenoiserLike
 
 
@@ -109,6 +110,54 @@ class PictureModel(DenoiserLike, Protocol):
         """Pictures (n, 3, height, width) in [0, 1]."""
         ...
 
+    def target_weights(self) -> tuple[Tensor, ...]:
+        """Weights (out_features, in_features) of the target modules."""
+        ...
+
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         """What sampling starts from for each seed, (n, channels, height, width); ``size`` in pixels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an evaluation draws; ``size`` in pixels."""
+
+    steps: int
+    guidance_scale: float
+    size: int
+    batch_size: int = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """Concepts to erase, what training may know of them, and the questions afterwards."""
+
+    config: TrainConfig
+    questions: tuple[Question, ...]
+
+
+class World(Protocol):
+    """A model with everything needed to compare methods on it.
+
+    Attributes:
+        sampling: how its pictures are drawn.
+        most: how many concepts a task may have.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
+
+    @property
+    def most(self) -> int: ...
+
+    def model(self) -> PictureModel: ...
+
+    def evaluator(self) -> Evaluator: ...
+
+    def task(self, num_concepts: int, seed: int) -> Task:
+        """A task with so many concepts; another seed gives others."""
         ...

@@ -25,7 +25,7 @@ from ..lora import LoRAFactors, TargetModule
 from .bypass import Site, adapted, find_sites, find_targets
 from .locate import find_comfyui, use_as_library
 from .tap import READER
-from .text import TextBatch, TextEncoder
+from .text import TextBatch, TextEncoder, Tokens
 
 if TYPE_CHECKING:
     from comfy.model_base import BaseModel
@@ -131,6 +131,36 @@ class Denoiser:
         pooled = self._text.embed_pooled(texts)
         self._load()
         return pooled.to(self.device)
+
+    def token_embeddings(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of prompts; ``ValueError`` if CLIP-L is not the only text encoder, or a prompt is too long or weighted."""
+        return self._text.token_embeddings(texts)
+
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> TextBatch:
+        """``embed`` from token embeddings (batch, tokens, dim) that end at ``ends`` (batch,), differentiable in them."""
+        batch = self._text.encode_embeddings(embeddings, ends)
+        self._load()
+        return batch.to(self.device)
+
+    def vocabulary(self) -> Tensor:
+        """The embedding of every token, (tokens, dim)."""
+        return self._text.vocabulary()
+
+    def spell(self, ids: Tensor) -> list[str]:
+        """The text of each row of token ids (batch, tokens), up to its end."""
+        return self._text.spell(ids)
+
+    def words(self) -> list[str]:
+        """Whole words of the text encoder that the hypernetwork reads, the most frequent ones first."""
+        return self._text.words()
+
+    def target_weights(self) -> tuple[Tensor, ...]:
+        """Weights (out_features, in_features) of the target modules, of fused layers the rows that change."""
+        layers = [self._model.diffusion_model.get_submodule(t.name) for t in self.targets]
+        return tuple(
+            layer.get_parameter("weight").narrow(0, t.start, t.out_features).float()
+            for layer, t in zip(layers, self.targets, strict=True)
+        )
 
     def predict(
         self, x_t: Tensor, sigma: Tensor, text: TextBatch, factors: LoRAFactors | None
@@ -249,10 +279,8 @@ class Denoiser:
         Returns:
             Latents, (batch, channels, height, width).
         """
-        x_t = noise
-        for x_t in self._euler(text, factors, noise, steps, guidance_scale)[1]:
-            pass
-        return x_t
+        *_, latents = self._euler(text, factors, noise, steps, guidance_scale)[1]
+        return latents
 
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         """Noise for pictures of ``size`` pixels, each from its own seed, (seeds, channels, height, width)."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .tap import READER, VECTORS, tap
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from comfy.sd import CLIP
 
 POOLED_BATCH = 64
+WORD_END = "</w>"
+"""How a token that ends a word is written in the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,24 @@ class TextBatch:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> TextBatch:
         return TextBatch(change(self.cross), change(self.pooled), change(self.host_pooled))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokenized prompts, and the vector of each token by itself.
+
+    Attributes:
+        ids: (batch, tokens) of int64
+        embeddings: rows of the vocabulary, (batch, tokens, dim)
+        ends: place of the token that ends the text, (batch,) of int64
+    """
+
+    ids: Tensor
+    embeddings: Tensor
+    ends: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -140,19 +161,102 @@ class TextEncoder:
             raise ValueError("There is no text to encode; give at least one.")
         return pooled
 
+    @torch.no_grad()
+    def token_embeddings(self, texts: Sequence[str]) -> Tokens:
+        """Tokens of prompts, for ``encode_embeddings``.
+
+        Raises:
+            ValueError: CLIP-L is not the only text encoder, a prompt is too long, or words in it weigh differently.
+        """
+        self._check_alone()
+        prompts = self._tokenize(texts)
+        weighted = next((t for t, p in zip(texts, prompts, strict=True) if not p.plain), None)
+        if weighted is not None:
+            raise ValueError(
+                f"Token embeddings carry no weights, but {weighted[:60]!r} has some. Leave the brackets out."
+            )
+        self._ready()
+        embedding = self._token_embedding()
+        ids = torch.tensor([prompt.ids for prompt in prompts], device=embedding.weight.device)
+        ends = (ids == self.end).int().argmax(1)
+        return Tokens(ids, embedding(ids, out_dtype=torch.float32), ends)
+
+    def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> TextBatch:
+        """What ``embed`` makes of prompts, from their tokens' embeddings and differentiable in them.
+
+        Args:
+            embeddings: (batch, tokens, dim); CLIP is causal, so fewer tokens than a whole prompt's give the states of those.
+            ends: whose states are pooled, (batch,).
+
+        Raises:
+            ValueError: CLIP-L is not the only text encoder.
+        """
+        self._check_alone()
+        self._ready()
+        device = self._token_embedding().weight.device
+        embeddings = embeddings.to(device)
+        last, inner = self._states(
+            embeddings, None if self.reader.layer == "last" else self.reader.layer_idx
+        )
+        pooled = last[torch.arange(len(last), device=device), ends.to(device)]
+        return TextBatch(last if inner is None else inner, pooled, pooled)
+
+    @torch.no_grad()
+    def vocabulary(self) -> Tensor:
+        """The embedding of every token, (tokens, dim)."""
+        self._ready()
+        return self._token_embedding().weight.detach().float()
+
+    def words(self) -> list[str]:
+        """Whole words of CLIP-L's vocabulary, the most frequent ones first."""
+        vocabulary: dict[str, int] = getattr(self.clip.tokenizer, READER).tokenizer.get_vocab()
+        whole = {
+            token.removesuffix(WORD_END): number
+            for token, number in vocabulary.items()
+            if token.endswith(WORD_END)
+        }
+        plain = (word for word in whole if word.isalpha() and word.isascii() and len(word) > 2)
+        return sorted(plain, key=whole.__getitem__)
+
+    def spell(self, ids: Tensor) -> list[str]:
+        """The text of each row of token ids (batch, tokens), up to its end."""
+        tokenizer: Any = getattr(self.clip.tokenizer, READER).tokenizer
+        rows = [row[: row.index(self.end)] if self.end in row else row for row in ids.tolist()]
+        return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+
     def _run(self, tokens: Tensor, ends: Tensor) -> Tensor:
         """Final states at ``ends``, (batch, dim), of tokens (batch, length)."""
-        model = self.reader.transformer.text_model
-        device = model.embeddings.token_embedding.weight.device
-        tokens = tokens.to(device)
-        length = tokens.shape[1]
-        position = model.embeddings.position_embedding.weight[:length].float()
-        states = model.embeddings.token_embedding(tokens, out_dtype=torch.float32) + position
+        embedding = self._token_embedding()
+        device = embedding.weight.device
+        states, _ = self._states(embedding(tokens.to(device), out_dtype=torch.float32), None)
+        return states[torch.arange(len(states), device=device), ends.to(device)]
+
+    def _states(self, embeddings: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
+        """Final states (batch, tokens, dim) of token embeddings, and those of another layer if one is asked for."""
+        model, length, device = (
+            self.reader.transformer.text_model,
+            embeddings.shape[1],
+            embeddings.device,
+        )
+        states = embeddings.float() + model.embeddings.position_embedding.weight[:length].float()
         lowest = torch.finfo(states.dtype).min
         mask = torch.full((length, length), lowest, device=device).triu_(1)
-        states, _ = model.encoder(states, mask=mask)
-        states = model.final_layer_norm(states)
-        return states[torch.arange(len(states), device=device), ends.to(device)]
+        with _inputs_kept(model.encoder):
+            states, inner = model.encoder(states, mask=mask, intermediate_output=layer)
+        if inner is not None and self.reader.layer_norm_hidden_state:
+            inner = model.final_layer_norm(inner)
+        return model.final_layer_norm(states), inner
+
+    def _token_embedding(self) -> Any:
+        return self.reader.transformer.text_model.embeddings.token_embedding
+
+    def _check_alone(self) -> None:
+        """Refuse models that read a prompt with more than CLIP-L: its token embeddings are not all of the prompt."""
+        if not (self._reads_alone() and self._has_known_form()):
+            raise ValueError(
+                f"This model reads prompts with the text encoders {', '.join(self._longest)}; prompts can be encoded from "
+                "token embeddings only where CLIP-L is the only one. Give a Stable Diffusion 1.x checkpoint."
+            )
 
     def _reads_alone(self) -> bool:
         """Whether CLIP-L is the only text encoder, and pools what the hypernetwork reads."""
@@ -192,3 +296,20 @@ class TextEncoder:
     def _ready(self) -> None:
         self.stage.reset_clip_options()
         self.clip.load_model()
+
+
+@contextmanager
+def _inputs_kept(encoder: nn.Module) -> Iterator[None]:
+    """Give norms a copy of their input inside the block, where a gradient is wanted: the host's code overwrites it."""
+    hooks = []
+    if torch.is_grad_enabled():
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
+            for layer in encoder.modules()
+            if isinstance(layer, nn.LayerNorm)
+        ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,319 @@
+"""One pack, asked everything of a suite with several seeds, beside the plain model."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from torch import Tensor
+
+from unhype.checkpoint import Pack
+from unhype.host.locate import has_accelerator
+
+from ..config import ConfigError
+from ..denoiser import check_family
+from ..loop import Event
+from .base import Evaluator, Kind, PictureModel, Question
+from .compare import FIRST_SEED, SEEDS_APART, Cell, read_cell, write_cell
+from .erasers import NoEraser, PackEraser
+from .exam import Answer, Drawn, Sheet, draw_sheet, mark
+from .suite import Assignment, SuiteError
+
+if TYPE_CHECKING:
+    from .attacks import TokenModel
+
+AT_ONCE = 64
+"""Prompts whose pictures are in memory together."""
+SHOWN, SHOWN_SEEDS, THUMBNAIL = 4, 3, 160
+"""Prompts of each kind in the report's picture grid, seeds of each, and the longest side there in pixels."""
+AIMS = 6
+"""Prompts that attacks start from."""
+
+Reporter = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        path: the pack's file.
+        evaluator_name: the spec that found the evaluator.
+    """
+
+    path: Path
+    pack: Pack
+    model: PictureModel
+    evaluator: Evaluator
+    evaluator_name: str
+
+    def __post_init__(self) -> None:
+        check_family(self.pack, self.model)
+        if self.pack.info.targets != self.model.targets:
+            raise ConfigError(
+                f"{self.pack.name} changes layers of {self.pack.info.base.name} that {self.model.fingerprint.name} does not "
+                "have, or not in that size. Give --checkpoint the model file that the pack was trained on."
+            )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A prompt's pictures without and with the pack, as PNG in base64; one seed."""
+
+    question: Question
+    acts: bool
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Attack:
+    """How an attack fared: shares of pictures that hold the erased thing, and of prompts on which the pack does nothing.
+
+    Attributes:
+        share: of the way to random words, of an interpolation.
+    """
+
+    name: str
+    pictures: int
+    erased: float
+    base: float
+    known: float | None
+    silent: float
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that was seen."""
+
+    seeds: tuple[int, ...]
+    answers: tuple[Answer, ...]
+    shown: tuple[Shown, ...]
+    attacks: tuple[Attack, ...]
+
+
+def evaluate(
+    subject: Subject,
+    assignment: Assignment,
+    folder: Path,
+    *,
+    attacks: bool = False,
+    report: Reporter,
+) -> Evaluation:
+    """Ask everything; what is already in ``folder`` is not asked again, and processes share the seeds.
+
+    Raises:
+        SuiteError: a prompt is too long, or the evaluator does not know a label.
+    """
+    _check(subject, assignment, attacks=attacks)
+    cells = folder / "cells" / _digest(subject, assignment)
+    seeds = tuple(range(assignment.seeds))
+    processes = PartialState(cpu=not has_accelerator())
+    for seed in seeds[processes.process_index :: processes.num_processes]:
+        if not _cell(cells, seed).exists():
+            _ask(subject, assignment, seed, cells, report)
+    processes.wait_for_everyone()
+    if attacks and processes.is_main_process and not _attacks(cells).exists():
+        found = _attack(subject, assignment, report)
+        _write(_attacks(cells), [asdict(attack) for attack in found])
+    processes.wait_for_everyone()
+    answers = [answer for seed in seeds for answer in read_cell(_cell(cells, seed)).answers]
+    shown = [
+        Shown(assignment.questions[entry.pop("question")], **entry)
+        for seed in seeds[:SHOWN_SEEDS]
+        for entry in json.loads(_pictures(cells, seed).read_text(encoding="utf-8"))
+    ]
+    rates = json.loads(_attacks(cells).read_text(encoding="utf-8")) if attacks else []
+    return Evaluation(seeds, tuple(answers), tuple(shown), tuple(Attack(**rate) for rate in rates))
+
+
+def choose_shown(questions: Sequence[Question]) -> list[int]:
+    """A few of every kind, spread over all of it."""
+    chosen = []
+    for kind in Kind:
+        own = [index for index, question in enumerate(questions) if question.kind is kind]
+        step = max(1, len(own) / SHOWN)
+        chosen += [own[int(i * step)] for i in range(min(SHOWN, len(own)))]
+    return chosen
+
+
+def _check(subject: Subject, assignment: Assignment, *, attacks: bool) -> None:
+    """Refuse what would fail after hours."""
+    asked = {name for question in assignment.questions for name in question.shows}
+    if unknown := sorted(asked - set(subject.evaluator.labels)):
+        raise SuiteError(
+            f"The evaluator {subject.evaluator_name} cannot see {unknown[0]!r}. Give another, or remove it from the suite."
+        )
+    try:
+        subject.model.embed_pooled([question.text for question in assignment.questions])
+    except ValueError as error:
+        raise SuiteError(
+            f"{error} An evaluation draws prompts that the model reads at once; longer ones are the guard's in ComfyUI "
+            "(docs/guard.md)."
+        ) from error
+    if attacks:
+        _attackable(subject.model).token_embeddings([assignment.questions[0].text])
+
+
+def _attackable(model: PictureModel) -> TokenModel:
+    """The model as attacks use it."""
+    from .attacks import TokenModel
+
+    if not isinstance(model, TokenModel):
+        raise SuiteError(
+            f"{model.fingerprint.name} gives no access to its tokens, which attacks need. Leave out --attacks."
+        )
+    return model
+
+
+def _ask(
+    subject: Subject, assignment: Assignment, seed: int, cells: Path, report: Reporter
+) -> None:
+    """Draw and mark every question once, and keep the answers and a few pictures."""
+    model, evaluator, sampling = subject.model, subject.evaluator, assignment.sampling
+    eraser, asked = PackEraser(subject.pack), assignment.questions
+    show = set(choose_shown(asked)) if seed < SHOWN_SEEDS else set()
+    answers: list[Answer] = []
+    pictures: list[dict[str, object]] = []
+    for start in range(0, len(asked), AT_ONCE):
+
+        def tick(stage: str, start: int = start) -> Callable[[int, int], None]:
+            def tell(step: int, total: int) -> None:
+                part = min(AT_ONCE, len(asked) - start)
+                report(Event(stage, start + round(part * step / max(1, total)), len(asked)))
+
+            return tell
+
+        own = asked[start : start + AT_ONCE]
+        first = FIRST_SEED + SEEDS_APART * seed + start
+        sheet = Sheet(own, tuple(range(first, first + len(own))))
+        base = draw_sheet(
+            sheet, model, evaluator, NoEraser(), sampling, tick=tick(f"seed {seed}: without pack")
+        )
+        drawn = draw_sheet(
+            sheet,
+            model,
+            evaluator,
+            eraser,
+            sampling,
+            base=base,
+            tick=tick(f"seed {seed}: with pack"),
+        )
+        answers += mark(sheet, evaluator, base, drawn)
+        pictures += [
+            _shown(base, drawn, row, start + row) for row in range(len(own)) if start + row in show
+        ]
+    _write(_pictures(cells, seed), pictures)
+    info, size = subject.pack.info, subject.path.stat().st_size
+    cell = Cell(subject.path.name, len(info.concepts), seed, 0.0, size, tuple(answers))
+    write_cell(_cell(cells, seed), cell)
+
+
+def _shown(base: Drawn, drawn: Drawn, row: int, question: int) -> dict[str, object]:
+    return {
+        "question": question,
+        "acts": bool(drawn.acts[row]),
+        "before": _thumbnail(base.pictures[row]),
+        "after": _thumbnail(drawn.pictures[row]),
+    }
+
+
+def _thumbnail(picture: Tensor) -> str:
+    """A picture (3, height, width) of uint8 as a small PNG in base64."""
+    image = Image.fromarray(picture.movedim(0, -1).contiguous().numpy())
+    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _attack(subject: Subject, assignment: Assignment, report: Reporter) -> list[Attack]:
+    """Every attack on a few of the prompts that name an erased thing."""
+    from .attacks import (
+        SHARES,
+        Aim,
+        Victim,
+        attack_gradient,
+        attack_interpolation,
+        attack_prompts,
+        attack_random,
+        attack_rate,
+        attack_soft,
+        attack_spelling,
+    )
+
+    model, eraser = subject.model, PackEraser(subject.pack)
+    named = [q for q in assignment.questions if q.kind is Kind.TARGET]
+    step = max(1, len(named) // AIMS)
+    aims = [Aim(q.text, q.word, q.shows[0]) for q in named[::step][:AIMS]]
+    victim = Victim.of(_attackable(model), eraser)
+    made = [
+        (None, lambda: [attack_prompts(victim, "none", aims)]),
+        (SHARES, lambda: attack_interpolation(victim, aims, shares=SHARES)),
+        (None, lambda: [attack_spelling(victim, aims)]),
+        (None, lambda: [attack_random(victim, aims)]),
+        (None, lambda: [attack_gradient(victim, aims)]),
+        (None, lambda: [attack_soft(victim, aims)]),
+    ]
+    rates = []
+    for index, (shares, make) in enumerate(made):
+        report(Event("attacks", index, len(made)))
+        attacked = make()
+        for share, one in zip(shares or [None] * len(attacked), attacked, strict=True):
+            rate = attack_rate(
+                model,
+                eraser,
+                subject.evaluator,
+                one,
+                assignment.sampling,
+                first_seed=FIRST_SEED - SEEDS_APART,
+            )
+            rates.append(Attack(**asdict(rate), share=share))
+    report(Event("attacks", len(made), len(made)))
+    return rates
+
+
+def _digest(subject: Subject, assignment: Assignment) -> str:
+    """Of everything that answers depend on."""
+    hashed = hashlib.sha256(subject.path.read_bytes())
+    settings: dict[str, Any] = {
+        "model": subject.model.fingerprint.digest,
+        "evaluator": subject.evaluator_name,
+        "labels": assignment.labels,
+        "questions": [{**vars(q), "kind": q.kind.value} for q in assignment.questions],
+        "sampling": asdict(assignment.sampling),
+        "torch": torch.__version__,
+    }
+    hashed.update(json.dumps(settings, sort_keys=True).encode())
+    return hashed.hexdigest()[:12]
+
+
+def _cell(cells: Path, seed: int) -> Path:
+    return cells / f"{seed}.json"
+
+
+def _pictures(cells: Path, seed: int) -> Path:
+    return cells / f"{seed}.pictures.json"
+
+
+def _attacks(cells: Path) -> Path:
+    return cells / "attacks.json"
+
+
+def _write(path: Path, plain: object) -> None:
+    """JSON that appears only when whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(plain), encoding="utf-8")
+    os.replace(part, path)
