@@ -6,9 +6,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,10 @@ from train import export as exporting
 from train import extend as extending
 from train.config import ConfigError, TrainConfig, load_config
 from train.denoiser import DenoiserLike, check_family
+from train.evaluate.base import Evaluator, PictureModel, World
+from train.evaluate.evaluators import EvaluatorError, find_evaluator
+from train.evaluate.suite import Assignment, ask_world, load_suite
+from train.evaluate.worlds import WorldError, find_world
 from train.loop import Event, Report
 from train.memory import TooLittleMemoryError
 from train.plan import Plan, estimate
@@ -63,8 +68,10 @@ BAD_INPUT_ERRORS = (
     CheckpointError,
     CheckpointRefusedError,
     ConfigError,
+    EvaluatorError,
     FileNotFoundError,
     NotComfyUIError,
+    WorldError,
 )
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file of the run.")]
@@ -123,6 +130,9 @@ ModelPath = Annotated[
     typer.Option("--checkpoint", metavar="FILE", help="The model file the pack was trained on."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="For machines.")]
+WORLD_SEEDS = 3
+LONGEST_WAIT = timedelta(days=30)
+"""Of a process for one that has more to do."""
 
 
 @app.command()
@@ -347,6 +357,121 @@ def remove(
         print(f"{output} erases {', '.join(info.concept_names)}")
 
 
+@app.command("eval")
+def evaluate(
+    file: PackPath,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint",
+            metavar="FILE",
+            help="The model file the pack was trained on; for packs of `compare` leave it to the world.",
+        ),
+    ] = None,
+    suite: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML file of what to ask.")
+    ] = None,
+    world: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A world that knows what to ask: demo.")
+    ] = None,
+    evaluator: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="What judges pictures: clip:FOLDER, demo-world."),
+    ] = None,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="How often each prompt is drawn; by default as the suite says."),
+    ] = None,
+    attacks: Annotated[
+        bool, typer.Option("--attacks", help="Attack the pack as well; takes longer.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="For the reports; by default beside the pack."),
+    ] = None,
+    as_json: AsJson = False,
+    comfyui: ComfyUIPath = None,
+) -> None:
+    """Draw held-out prompts without and with a pack, judge the pictures, and write a report.
+
+    unhype eval PACK --checkpoint model.safetensors --suite SUITE.yaml --evaluator clip:FOLDER
+
+    unhype eval PACK --checkpoint model.safetensors --world demo
+
+    Interrupted, the same command goes on. On several devices: accelerate launch -m train.cli eval ...
+    """
+    from train.evaluate import evaluation
+    from train.evaluate import report as reports
+
+    with _errors_as_sentences():
+        place = None if world is None else find_world(world)
+        asked = _what_to_ask(checkpoint.read_info(file), suite, place, seeds)
+        processes = PartialState(cpu=not has_accelerator(), timeout=LONGEST_WAIT)
+        is_main = processes.is_main_process
+        folder = out or file.with_suffix(".eval")
+        with _progress(Console(stderr=True, quiet=not is_main)) as report:
+            judge = _judge(evaluator, place, asked.labels)
+            drawing = _drawing_model(model, place, comfyui, report)
+            subject = evaluation.Subject(
+                file,
+                checkpoint.load(file, drawing.device),
+                drawing,
+                judge,
+                evaluator or f"the world {asked.suite}",
+            )
+            effort = evaluation.Effort() if attacks else None
+            found = evaluation.evaluate(subject, asked, folder, attacks=effort, report=report)
+        if is_main:
+            described = reports.describe(subject, asked, found)
+            reports.write_evaluation(folder, described, found)
+            if as_json:
+                print(json.dumps(described, indent=2))
+            else:
+                _show(file.name, reports.summary(described))
+                print(f"report\t{folder / 'report.html'}")
+
+
+@app.command()
+def compare(
+    world: Annotated[str, typer.Option(metavar="NAME", help="Where to compare: demo.")],
+    methods: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="With commas; all by default.")
+    ] = None,
+    concepts: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="How many concepts tasks erase, with commas.")
+    ] = "1,4,16,64",
+    seeds: Annotated[int, typer.Option(min=1, help="Tasks of each size.")] = 3,
+    out: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="For the reports and all that is kept.")
+    ] = Path("runs/compare"),
+    as_json: AsJson = False,
+) -> None:
+    """Train several methods on the same tasks, ask them the same questions, and write a table and a chart.
+
+    Interrupted, the same command goes on. Shared by several processes: accelerate launch -m train.cli compare ...
+    """
+    from train.evaluate import report as reports
+    from train.evaluate.compare import compare as fill_in
+    from train.evaluate.methods import METHODS
+
+    with _errors_as_sentences():
+        chosen = [name.strip() for name in methods.split(",")] if methods else list(METHODS)
+        sizes = _numbers("--concepts", concepts)
+        is_main = PartialState(cpu=True, timeout=LONGEST_WAIT).is_main_process
+        place = find_world(world)
+        with _progress(Console(stderr=True, quiet=not is_main)) as report:
+            rows = fill_in(
+                place, methods=chosen, sizes=sizes, seeds=range(seeds), folder=out, report=report
+            )
+        if is_main:
+            reports.write_comparison(out, rows, world=place.name, sampling=place.sampling)
+            if as_json:
+                print(json.dumps([row.plain() for row in rows], indent=2))
+            else:
+                print((out / "compare.md").read_text(encoding="utf-8"))
+                print(f"Also in {out}: compare.html, chart.png, compare.json")
+
+
 @app.command()
 def inspect(file: PackPath, as_json: AsJson = False) -> None:
     """Show what a pack says of itself."""
@@ -392,6 +517,53 @@ def _load_model(path: Path, comfyui: Path | None, report: Report) -> DenoiserLik
     denoiser = Denoiser.load(path, comfyui)
     report(Event("loading the model", 1, 1))
     return denoiser
+
+
+def _what_to_ask(
+    info: PackInfo, suite: Path | None, world: World | None, seeds: int | None
+) -> Assignment:
+    if suite is not None and world is None:
+        asked = load_suite(suite).assignment(suite.stem, info)
+    elif world is not None and suite is None:
+        asked = ask_world(world, info, WORLD_SEEDS)
+    else:
+        raise ConfigError("Give either --suite, a file of what to ask, or --world.")
+    return replace(asked, seeds=seeds or asked.seeds)
+
+
+def _drawing_model(
+    path: Path | None, world: World | None, comfyui: Path | None, report: Report
+) -> PictureModel:
+    report(Event("loading the model", 0, 1))
+    if path is not None:
+        model: PictureModel = Denoiser.load(path, comfyui, pictures=True)
+    elif world is not None:
+        model = world.model()
+    else:
+        raise ConfigError(
+            "--checkpoint is missing: give the model file that the pack was trained on."
+        )
+    report(Event("loading the model", 1, 1))
+    return model
+
+
+def _judge(spec: str | None, world: World | None, labels: Sequence[str]) -> Evaluator:
+    if spec is not None:
+        return find_evaluator(spec, labels)
+    if world is None:
+        raise ConfigError(
+            "--evaluator is missing: say what judges the pictures, for example clip:FOLDER. docs/evaluators.md lists them."
+        )
+    return world.evaluator()
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ConfigError(
+            f"{option} is {text!r}, expected whole numbers with commas, as 1,4,16."
+        ) from error
 
 
 def _warn_of_retained_targets(settings: TrainConfig) -> None:

@@ -160,7 +160,7 @@ class GateConfig(BaseModel):
     adversarial: Number = 0.0
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.01
-    threshold_position: Share = 0.3
+    threshold_position: Share = 0.5
 
 
 class DiscoveryConfig(BaseModel):

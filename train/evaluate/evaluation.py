@@ -36,8 +36,6 @@ AT_ONCE = 64
 """Prompts whose pictures are in memory together."""
 SHOWN, SHOWN_SEEDS, THUMBNAIL = 4, 3, 160
 """Prompts of each kind in the report's picture grid, seeds of each, and the longest side there in pixels."""
-AIMS = 6
-"""Prompts that attacks start from."""
 
 Reporter = Callable[[Event], None]
 
@@ -64,6 +62,22 @@ class Subject:
                 f"{self.pack.name} changes layers of {self.pack.info.base.name} that {self.model.fingerprint.name} does not "
                 "have, or not in that size. Give --checkpoint the model file that the pack was trained on."
             )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard attacks try.
+
+    Attributes:
+        aims: prompts that they start from.
+        random_budget: prompts that the random search tries for each.
+        gradient_steps, soft_steps: of the two searches that follow the gradient.
+    """
+
+    aims: int = 6
+    random_budget: int = 2000
+    gradient_steps: int = 20
+    soft_steps: int = 100
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ def evaluate(
     assignment: Assignment,
     folder: Path,
     *,
-    attacks: bool = False,
+    attacks: Effort | None = None,
     report: Reporter,
 ) -> Evaluation:
     """Ask everything; what is already in ``folder`` is not asked again, and processes share the seeds.
@@ -116,7 +130,7 @@ def evaluate(
     Raises:
         SuiteError: a prompt is too long, or the evaluator does not know a label.
     """
-    _check(subject, assignment, attacks=attacks)
+    _check(subject, assignment, attacks=attacks is not None)
     cells = folder / "cells" / _digest(subject, assignment)
     seeds = tuple(range(assignment.seeds))
     processes = PartialState(cpu=not has_accelerator())
@@ -125,7 +139,7 @@ def evaluate(
             _ask(subject, assignment, seed, cells, report)
     processes.wait_for_everyone()
     if attacks and processes.is_main_process and not _attacks(cells).exists():
-        found = _attack(subject, assignment, report)
+        found = _attack(subject, assignment, attacks, report)
         _write(_attacks(cells), [asdict(attack) for attack in found])
     processes.wait_for_everyone()
     answers = [answer for seed in seeds for answer in read_cell(_cell(cells, seed)).answers]
@@ -238,7 +252,9 @@ def _thumbnail(picture: Tensor) -> str:
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _attack(subject: Subject, assignment: Assignment, report: Reporter) -> list[Attack]:
+def _attack(
+    subject: Subject, assignment: Assignment, effort: Effort, report: Reporter
+) -> list[Attack]:
     """Every attack on a few of the prompts that name an erased thing."""
     from .attacks import (
         SHARES,
@@ -255,16 +271,16 @@ def _attack(subject: Subject, assignment: Assignment, report: Reporter) -> list[
 
     model, eraser = subject.model, PackEraser(subject.pack)
     named = [q for q in assignment.questions if q.kind is Kind.TARGET]
-    step = max(1, len(named) // AIMS)
-    aims = [Aim(q.text, q.word, q.shows[0]) for q in named[::step][:AIMS]]
+    step = max(1, len(named) // effort.aims)
+    aims = [Aim(q.text, q.word, q.shows[0]) for q in named[::step][: effort.aims]]
     victim = Victim.of(_attackable(model), eraser)
     made = [
         (None, lambda: [attack_prompts(victim, "none", aims)]),
         (SHARES, lambda: attack_interpolation(victim, aims, shares=SHARES)),
         (None, lambda: [attack_spelling(victim, aims)]),
-        (None, lambda: [attack_random(victim, aims)]),
-        (None, lambda: [attack_gradient(victim, aims)]),
-        (None, lambda: [attack_soft(victim, aims)]),
+        (None, lambda: [attack_random(victim, aims, budget=effort.random_budget)]),
+        (None, lambda: [attack_gradient(victim, aims, steps=effort.gradient_steps)]),
+        (None, lambda: [attack_soft(victim, aims, steps=effort.soft_steps)]),
     ]
     rates = []
     for index, (shares, make) in enumerate(made):
