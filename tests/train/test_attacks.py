@@ -216,6 +216,13 @@ def test_a_search_finds_words_that_close_an_undefended_gate(
     assert again.texts == found.texts
 
 
+def test_a_search_may_rest_as_soon_as_nothing_happens(victim: Victim) -> None:
+    for attack in (attack_random, attack_gradient):
+        short, long = (attack(victim, AIMS, free=2, rest=rest) for rest in (True, False))
+        assert not short.acts.any()
+        assert short.loudness.sum() > long.loudness.sum()
+
+
 def test_words_that_the_gradient_proposes_are_better_than_any(victim: Victim) -> None:
     def reached(top: int) -> Tensor:
         tries = [
@@ -317,6 +324,11 @@ class LampModel(TinyDenoiser):
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :3]
 
+    def target_weights(self) -> tuple[Tensor, ...]:
+        return tuple(
+            self.model.get_submodule(target.name).get_parameter("weight") for target in self.targets
+        )
+
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         return torch.stack(
             [torch.randn(4, size, size, generator=torch.Generator().manual_seed(s)) for s in seeds]
@@ -392,5 +404,5 @@ def test_virtual_negatives_keep_the_gate_shut_half_way(make: Make, denoiser: Tin
     strict, _ = fitted(make, denoiser, "gate.virtual_negatives=0.5")
     dog, cat = (word_vector(word, FAMILY.embedding.dim) for word in ("dog", "cat"))
     between = (0.65 * dog + 0.35 * cat + word_vector("the", FAMILY.embedding.dim))[None] / 2
-    assert float(strict(between)) < float(plain(between))
+    assert strict(between).item() < plain(between).item()
     assert (strict(material.held_positives) > 0).float().mean() > 0.8
