@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unhype.families import family
 from unhype.host.embed import embed_text, read_entry
-from unhype.host.tap import DIGEST, LEDGER, VECTORS, Ledger, tap
+from unhype.host.tap import CHUNKS, DIGEST, LEDGER, VECTORS, WHOLE, Heard, Ledger, tap
 
 SMALL_G = {"num_hidden_layers": 3, "intermediate_size": 64}
 SMALL_T5 = {"d_ff": 64, "d_kv": 64, "num_heads": 1, "num_layers": 1}
@@ -87,7 +87,7 @@ def test_encoding_is_unchanged(loaded: tuple[str, Any], clip: Any) -> None:
     plain, tapped = (c.encode_from_tokens_scheduled(c.tokenize(CAT))[0] for c in (loaded[1], clip))
     assert torch.equal(plain[0], tapped[0])
     assert torch.equal(plain[1]["pooled_output"], tapped[1]["pooled_output"])
-    assert plain[1].keys() | {VECTORS, DIGEST} == tapped[1].keys()
+    assert plain[1].keys() | {VECTORS, CHUNKS, DIGEST} == tapped[1].keys()
 
 
 def test_one_text_for_all_gives_one_vector(clip: Any) -> None:
@@ -119,6 +119,14 @@ def test_all_of_a_long_text_is_read(clip: Any) -> None:
         assert holds(entry, vector(clip, CAT)), name
 
 
+def test_windows_of_a_long_text_are_read(clip: Any) -> None:
+    words = ("river", "stone", "water", "mountain", "wood", "cloud", "grass", "sand")
+    for name in clip.tokenize(CAT):
+        entry = encode(clip, **{name: " ".join(words * 5)})[0]
+        assert holds(entry, vector(clip, "water mountain wood cloud")), name
+        assert holds(entry, vector(clip, " ".join(words[4:] + words[:4]))), name
+
+
 def test_the_family_reads_it_from_the_conditioning(loaded: tuple[str, Any], clip: Any) -> None:
     spec = family(loaded[0]).embedding
     found = read_entry(encode(clip, rest=CAT)[0], spec)
@@ -140,10 +148,10 @@ def test_a_text_is_read_through_a_clip_that_is_not_tapped(loaded: tuple[str, Any
 def test_hook_schedules_are_found_by_content(clip: Any) -> None:
     # That path of the host keeps the pooled output alone.
     states, extras = encode(clip, rest=CAT)[0]
-    LEDGER.remember(states, extras[VECTORS])
+    LEDGER.remember(states, Heard(extras[VECTORS], extras[CHUNKS]))
     found = LEDGER.find(states.clone())
     assert found is not None
-    assert torch.equal(found, extras[VECTORS])
+    assert torch.equal(found.vectors, extras[VECTORS])
 
 
 def test_a_clip_without_clip_l_is_refused(comfy: Any) -> None:
@@ -166,7 +174,7 @@ def known(*texts: str) -> tuple[Ledger, dict[str, Tensor], Callable[[str], Tenso
         return torch.full((1, 768), float(list(states).index(text)))
 
     for text in texts:
-        ledger.remember(states[text], mark(text))
+        ledger.remember(states[text], Heard(mark(text), (0,)))
     return ledger, states, mark
 
 
@@ -174,7 +182,8 @@ def test_joined_states_are_cut_back_into_prompts() -> None:
     ledger, states, mark = known("a", "b", "c")
     found = ledger.find(torch.cat([states["c"], states["a"], states["a"]], dim=1))
     assert found is not None
-    assert found.tolist() == torch.cat([mark("c"), mark("a"), mark("a")]).tolist()
+    assert found.vectors.tolist() == torch.cat([mark("c"), mark("a"), mark("a")]).tolist()
+    assert found.chunks == (0, 1, 2)
     foreign = torch.cat([states["c"], torch.ones(1, 77, 16)], dim=1)
     assert ledger.find(foreign) is None
 
@@ -183,17 +192,18 @@ def test_mixed_states_are_taken_apart() -> None:
     ledger, states, mark = known("a", "b", "c", "d")
     found = ledger.find(0.7 * states["b"] + 0.29 * states["d"] + 0.01 * states["a"])
     assert found is not None
-    assert found.tolist() == torch.cat([mark("b"), mark("d")]).tolist()
+    assert found.vectors.tolist() == torch.cat([mark("b"), mark("d")]).tolist()
+    assert set(found.chunks) == {WHOLE}
     assert ledger.find(0.5 * states["b"] + 0.5 * torch.randn(1, 77, 16)) is None
 
 
 def test_many_small_shares_count_together() -> None:
     ledger, states, _ = known(*"abcdefgh")
-    ledger.remember(torch.full((1, 77, 16), torch.inf), torch.zeros(1, 768))
+    ledger.remember(torch.full((1, 77, 16), torch.inf), Heard(torch.zeros(1, 768), (0,)))
     small = sum(0.04 * states[name] for name in "bcdefgh")
     found = ledger.find(0.72 * states["a"] + small)
     assert found is not None
-    assert len(found) == 7
+    assert len(found.vectors) == 7
 
 
 def test_states_that_are_not_finite_are_no_mixture() -> None:

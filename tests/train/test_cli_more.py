@@ -291,8 +291,9 @@ def test_inspect_in_a_pipe_is_plain_lines(pack: Path) -> None:
     assert "erases\tcat (cat, kitty), draws 'an empty meadow' instead" in done.stdout
 
 
-def test_the_page_explains_every_option_and_every_key() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+def test_the_pages_explain_every_option_and_every_key() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    page = "".join((docs / f"{name}.md").read_text() for name in ("training", "evaluation"))
     command = typer.main.get_command(app)
     assert isinstance(command, TyperGroup)
     options = {

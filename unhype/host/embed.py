@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..families import EmbeddingSpec
 from .bypass import CHUNK
-from .tap import DIGEST, LEDGER, VECTORS, digest, tap
+from .tap import CHUNKS, DIGEST, LEDGER, VECTORS, Heard, digest, tap
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -29,15 +29,15 @@ class EntryEmbeddings:
 
     Attributes:
         rows: pooled vectors, (n, dim), one a row of the entry's states; n is nearly always 1.
-        further: vectors of other text in the entry, (m, dim): later 77 tokens, joined or mixed prompts.
+        further: vectors of other text in the entry, (m, dim): later 77 tokens, windows, joined or mixed prompts.
         complete: whether they are known to cover all of the entry's text.
-        chunks: one vector for every 77 tokens, in their order, (chunks, dim), if there are several and all are known.
+        chunks: the vectors of every 77 tokens, in their order, (n, dim) each, if there are several and all are known.
     """
 
     rows: Tensor
     further: Tensor
     complete: bool
-    chunks: Tensor | None = None
+    chunks: tuple[Tensor, ...] | None = None
 
     def and_also(self, vectors: Tensor) -> EntryEmbeddings:
         """The same with further vectors, (m, dim)."""
@@ -61,16 +61,21 @@ def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
     carried: Tensor | None = extras.get(VECTORS)
     known = None
     if states is not None and len(states) == 1:
-        whole = extras.get(DIGEST) == digest(states[0])
-        known = carried if whole else LEDGER.find(states)
-    further = [vectors for vectors in (carried, known) if vectors is not None]
+        if carried is not None and extras.get(DIGEST) == digest(states[0]):
+            known = Heard(carried, extras[CHUNKS])
+        else:
+            known = LEDGER.find(states)
+    further = [] if carried is None else [carried]
+    if known is not None:
+        further.append(known.vectors)
     if rows is None and not further:
         return None
     vectors = torch.cat(further).unique(dim=0) if further else torch.zeros(0, spec.dim)
     chunks = None
-    # Mixtures, and text that another text model alone was given, have more vectors than chunks.
-    if known is not None and states is not None and states.shape[1] == len(known) * CHUNK:
-        chunks = known if len(known) > 1 else None
+    if known is not None and states is not None and states.shape[1] >= 2 * CHUNK:
+        # Nothing for mixtures, and where another text model alone was given some of the text.
+        number, rest = divmod(states.shape[1], CHUNK)
+        chunks = None if rest else known.by_chunk(number)
     complete = known is not None and not any(key in extras for key in OTHER_TEXT)
     return EntryEmbeddings(vectors[:1] if rows is None else rows, vectors, complete, chunks)
 
@@ -89,7 +94,7 @@ def require_embeddings(
 
 
 def embed_text(clip: CLIP, text: str, spec: EmbeddingSpec) -> Tensor:
-    """The vector of every 77-token chunk of a text, (chunks, dim)."""
+    """The vectors of a text, as a tapped CLIP reads it, (n, dim); those of its 77-token chunks come first."""
     tapped = tap(clip, remember=False)
     encode: Any = tapped.encode_from_tokens
     with torch.no_grad():

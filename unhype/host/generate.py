@@ -64,7 +64,8 @@ def generate(
     """Write the LoRA of every entry of a conditioning.
 
     Args:
-        clip: with ``text``, each of its 77-token chunks is read too, and the one that fires most strongly decides.
+        clip: with ``text``, which is read too: all of its 77-token chunks, and windows of long ones. What fires most
+            strongly decides.
 
     Raises:
         ValueError: an entry carries no embedding and there is no text to take it from, or there is text but no CLIP.
@@ -95,34 +96,55 @@ def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
     """Factors for the rows of one conditioning entry.
 
     Of everything that a row is made from, each concept that fires takes the vector at which it fires most surely, and the
-    factors written for those vectors add up. Where each 77 tokens can have their own LoRA, these are written too. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
+    factors written for those vectors add up. Where each 77 tokens can have their own LoRA, these are written too, in the same
+    way from what belongs to them. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
     """
-    sums, probabilities, fired = [], [], []
-    for row in embeddings.rows:
-        candidates = torch.cat([row[None], embeddings.further])
-        heard = (candidates != 0).any(1)
-        reading = pack.read(candidates)
-        probability = reading.probability.masked_fill(~heard[:, None], 0)
-        fires = reading.fired & heard[:, None]
-        surest = probability.argmax(0)
-        chosen = (
-            surest[fires.any(0)].unique() if fires.any() else probability.amax(1).argmax()[None]
-        )
-        generated = pack.generate(candidates[chosen])
-        acting = generated.factors.scaled(heard[chosen].float())
-        sums.append([acting.rows([index]) for index in range(len(chosen))])
-        probabilities.append(probability.amax(0))
-        fired.append(fires.any(0))
-    single = len(sums) == len(sums[0]) == 1
-    factors = sums[0][0] if single else combine(sums, sums[0][0].targets)
-    reading = Reading(torch.stack(probabilities), torch.stack(fired))
-    return Generated(factors, reading, _write_chunks(pack, embeddings, reading))
+    rows = [_write(pack, torch.cat([row[None], embeddings.further])) for row in embeddings.rows]
+    reading = _gather(rows)
+    return Generated(_stack(rows), reading, _write_chunks(pack, embeddings, reading))
+
+
+@dataclass(frozen=True)
+class Written:
+    """The factors that one row is the sum of, and what fired for it, (concepts,) each."""
+
+    parts: tuple[LoRAFactors, ...]
+    reading: Reading
+
+
+def _write(pack: Pack, candidates: Tensor) -> Written:
+    """Factors from the vectors of one text, (n, dim): for each concept that fires, from the one at which it does most surely."""
+    heard = (candidates != 0).any(1)
+    reading = pack.read(candidates)
+    probability = reading.probability.masked_fill(~heard[:, None], 0)
+    fires = reading.fired & heard[:, None]
+    surest = probability.argmax(0)
+    chosen = surest[fires.any(0)].unique() if fires.any() else probability.amax(1).argmax()[None]
+    generated = pack.generate(candidates[chosen])
+    acting = generated.factors.scaled(heard[chosen].float())
+    parts = tuple(acting.rows([index]) for index in range(len(chosen)))
+    return Written(parts, Reading(probability.amax(0), fires.any(0)))
 
 
 def _write_chunks(pack: Pack, embeddings: EntryEmbeddings, reading: Reading) -> LoRAFactors | None:
     """Factors for every 77 tokens, if the family allows and they explain all that fired."""
     if embeddings.chunks is None or not pack.info.spec.per_chunk:
         return None
-    generated = pack.generate(embeddings.chunks)
-    explained = generated.reading.fired.any(0) | ~reading.fired.any(0)
-    return generated.factors if explained.all() else None
+    chunks = [_write(pack, candidates) for candidates in embeddings.chunks]
+    explained = _gather(chunks).fired.any(0) | ~reading.fired.any(0)
+    return _stack(chunks) if explained.all() else None
+
+
+def _gather(rows: Sequence[Written]) -> Reading:
+    """What fired, (rows, concepts)."""
+    return Reading(
+        torch.stack([row.reading.probability for row in rows]),
+        torch.stack([row.reading.fired for row in rows]),
+    )
+
+
+def _stack(rows: Sequence[Written]) -> LoRAFactors:
+    """The sum of each row's parts, one row each."""
+    first = rows[0].parts[0]
+    single = len(rows) == len(rows[0].parts) == 1
+    return first if single else combine([row.parts for row in rows], first.targets)

@@ -3,6 +3,9 @@
 A conditioning carries at most one pooled vector, that of its first 77 tokens, and on some families not the one a hypernetwork reads.
 A tapped CLIP encodes exactly as before, adds CLIP-L's vectors of the whole text to the conditioning, and remembers them by the content
 of the encoded states, so that they are found again after nodes have joined or mixed conditionings.
+
+One vector for 77 tokens hardly shows one word of seventy, to which a denoiser attends all the same. So longer texts are also read in
+short windows.
 """
 
 from __future__ import annotations
@@ -24,6 +27,10 @@ VECTORS = "unhype_vectors"
 """Of the vectors (n, 768) in a conditioning entry."""
 DIGEST = "unhype_digest"
 """Of the hash of the states that the vectors belong to, in the same place."""
+CHUNKS = "unhype_chunks"
+"""Of the 77 tokens that each of the vectors belongs to, in the same place."""
+WHOLE = -1
+"""Among the numbers of the 77 tokens: what belongs to none of CLIP-L's, or to several."""
 READER = "clip_l"
 """The host's name of the text model whose states are read."""
 SKETCH = 1024
@@ -31,8 +38,64 @@ SMALLEST_SHARE = 0.05
 """Of what may be left out of a mixture."""
 MOST_LEVELS = 6
 """Of weight at which one chunk is read."""
+LONG = 16
+"""Texts of more tokens are read in windows too; shorter ones are like those that a gate is taught."""
+WINDOWS = ((4, 2), (8, 4))
+"""Sizes and strides, in tokens, of what is read of longer texts by itself.
+
+The smaller ones hold words of up to 3 tokens with next to nothing beside them, the larger ones names of up to 5. In windows of 8 alone
+a word among unrelated nouns fires in about half of the cases, in windows of 4 nearly always (docs/guard.md).
+"""
+MOST_AT_ONCE = 256
+"""Windows that CLIP-L reads in one batch, which bounds the memory that a very long text takes."""
 
 WeightedTokens = list[list[tuple[Any, ...]]]
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was read of a text.
+
+    Attributes:
+        vectors: (n, 768); those of CLIP-L's 77 tokens as they are come first, in their order.
+        chunks: the number of the 77 tokens that each vector belongs to, or ``WHOLE``.
+    """
+
+    vectors: Tensor
+    chunks: tuple[int, ...]
+
+    def by_chunk(self, number: int) -> tuple[Tensor, ...] | None:
+        """The vectors of each of so many times 77 tokens, (n, 768) and its own first; nothing if some can't be assigned."""
+        if set(self.chunks) != set(range(number)):
+            return None
+        places = torch.tensor(self.chunks)
+        return tuple(self.vectors[places == chunk] for chunk in range(number))
+
+
+@dataclass(frozen=True)
+class Run:
+    """Tokens for CLIP-L to read by themselves, without start and end.
+
+    Attributes:
+        chunk: the number of the 77 tokens that they are from, or ``WHOLE``.
+        window: whether they are a short part of a longer text.
+    """
+
+    tokens: tuple[Any, ...]
+    chunk: int
+    window: bool = False
+
+    def padded(self, tokenizer: Any) -> list[Any]:
+        """The tokens as a chunk that a text model reads."""
+        padding = [tokenizer.end_token] * (tokenizer.max_length - 1 - len(self.tokens))
+        return [tokenizer.start_token, *self.tokens, *padding]
+
+    def windows(self) -> Iterator[Run]:
+        """Its parts of the sizes that are read of long texts."""
+        for size, stride in WINDOWS:
+            last = len(self.tokens) - size
+            for start in (*range(0, last, stride), last) if last > 0 else ():
+                yield Run(self.tokens[start : start + size], self.chunk, window=True)
 
 
 class Tap:
@@ -54,59 +117,102 @@ class Tap:
 
     @torch.no_grad()
     def encode_token_weights(self, tokens: Mapping[str, WeightedTokens]) -> tuple[Any, ...]:
-        """The host's states and pooled output, with ``VECTORS`` among the extras that go into the conditioning."""
-        reader = getattr(self._stage, READER)
-        with _listening(reader.transformer) as heard:
+        """The host's states and pooled output, with what was read among the extras that go into the conditioning."""
+        own, reader = tokens["l"], getattr(self._stage, READER)
+        with _listening(reader.transformer) as states:
             cond, pooled, *extras = self._stage.encode_token_weights(tokens)
-            own = tokens["l"]
-            vectors = [states[: len(own)] for states in heard]
-            if further := self._further(tokens):
-                heard.clear()
-                reader.encode_token_weights(further)
-                vectors += [states[: len(further)] for states in heard]
-        found = torch.cat(vectors).float().cpu()
-        told: dict[str, Any] = {**(extras[0] if extras else {}), VECTORS: found}
+        vectors = [batch[: len(own)] for batch in states]
+        chunks = [*range(len(own))] * len(states)
+        runs = self._further(tokens)
+        if runs:
+            read = self._read(runs)
+            vectors.append(torch.stack([read[_ids(run.tokens)] for run in runs]))
+            chunks += [run.chunk for run in runs]
+        heard = Heard(torch.cat(vectors).float().cpu(), tuple(chunks))
+        told = {**(extras[0] if extras else {}), VECTORS: heard.vectors, CHUNKS: heard.chunks}
         # With other weights (a LoRA, an edit of the attention) the reader may see less than the other text models do.
         if self._ledger is not None and self._stage.current_weight_patches_uuid == self._weights:
             told[DIGEST] = digest(cond[0])
-            self._ledger.remember(cond, found)
+            self._ledger.remember(cond, heard)
         return cond, pooled, told
 
-    def _further(self, tokens: Mapping[str, WeightedTokens]) -> WeightedTokens:
-        """What a look at the ends of CLIP-L's chunks does not show, as chunks of its tokens, each weighing 1.
+    def _read(self, runs: Sequence[Run]) -> dict[tuple[Any, ...], Tensor]:
+        """CLIP-L's vector of every run, (768,), by its tokens; each is read once."""
+        reader, mine = getattr(self._stage, READER), getattr(self._tokenizer, READER)
+        whole = {_ids(run.tokens): run for run in runs if not run.window}
+        short = {_ids(run.tokens): run for run in runs if run.window}
+        short = {key: run for key, run in short.items() if key not in whole}
+        if not _has_known_form(reader):
+            whole, short = {**whole, **short}, {}
+        read: dict[tuple[Any, ...], Tensor] = {}
+        if whole:
+            chunks = [[(token, 1.0) for token in run.padded(mine)] for run in whole.values()]
+            with _listening(reader.transformer) as states:
+                reader.encode_token_weights(chunks)
+            read.update(zip(whole, states[0][: len(whole)], strict=True))
+        for size in {len(run.tokens) for run in short.values()}:
+            keys = [key for key, run in short.items() if len(run.tokens) == size]
+            for start in range(0, len(keys), MOST_AT_ONCE):
+                some = keys[start : start + MOST_AT_ONCE]
+                rows = [(mine.start_token, *short[key].tokens, mine.end_token) for key in some]
+                read.update(zip(some, _last_states(reader, rows), strict=True))
+        return read
 
-        That is: text behind an end that was typed; the strongest words alone where weights differ; and what other text
-        models were given and CLIP-L was not.
+    def _further(self, tokens: Mapping[str, WeightedTokens]) -> list[Run]:
+        """What a look at the ends of CLIP-L's chunks does not show.
+
+        That is: text behind an end that was typed; the strongest words alone where weights differ; what other text models
+        were given and CLIP-L was not; and windows of all that is long.
         """
         mine: Any = getattr(self._tokenizer, READER)
-        seen = {_ids(chunk) for chunk in tokens["l"]}
-        result: WeightedTokens = []
+        own = [_ids(chunk) for chunk in tokens["l"]]
+        runs: dict[tuple[tuple[Any, ...], int], Run] = {}
 
-        def add(chunk: list[tuple[Any, ...]]) -> None:
-            if _ids(chunk) not in seen:
-                seen.add(_ids(chunk))
-                result.append(chunk)
+        for text in (*_own_texts(tokens["l"], mine), *self._other_texts(tokens)):
+            new = [run for run in text if run.chunk != WHOLE or _ids(run.padded(mine)) not in own]
+            long = sum(len(run.tokens) for run in new) > LONG
+            for part in (part for run in new for part in (run, *(run.windows() if long else ()))):
+                if part.chunk == WHOLE or _ids(part.padded(mine)) != own[part.chunk]:
+                    runs.setdefault((_ids(part.tokens), part.chunk), part)
+        return list(runs.values())
 
-        for chunk in tokens["l"]:
-            for words in _by_weight(chunk):
-                for piece in _pieces(words, mine):
-                    inner = piece[: mine.max_length - 2]
-                    padding = [mine.end_token] * (mine.max_length - 1 - len(inner))
-                    add([(token, 1.0) for token in (mine.start_token, *inner, *padding)])
+    def _other_texts(self, tokens: Mapping[str, WeightedTokens]) -> Iterator[list[Run]]:
+        """What other text models were given, in CLIP-L's tokens: all of it, and again only the words of each higher weight."""
+        mine: Any = getattr(self._tokenizer, READER)
         for name, chunks in tokens.items():
             other = getattr(
                 self._tokenizer, name if hasattr(self._tokenizer, name) else f"clip_{name}", None
             )
             if name == "l" or other is None:
                 continue
-            levels = [_by_weight(chunk) for chunk in chunks]
-            for level in range(max(len(words) for words in levels)):
-                text = " ".join(
-                    _decode(other, words[min(level, len(words) - 1)]) for words in levels
-                )
-                for chunk in mine.tokenize_with_weights(text, disable_weights=True):
-                    add(chunk)
-        return result
+            for words in _levels(chunks):
+                text = " ".join(_decode(other, chunk) for chunk in words)
+                yield [
+                    Run(
+                        tuple(t for piece in _pieces([t for t, *_ in chunk], mine) for t in piece),
+                        WHOLE,
+                    )
+                    for chunk in mine.tokenize_with_weights(text, disable_weights=True)
+                ]
+
+
+def _own_texts(chunks: WeightedTokens, tokenizer: Any) -> Iterator[list[Run]]:
+    """CLIP-L's text between ends: all of it, and again only the words of each higher weight."""
+    for words in _levels(chunks):
+        yield [
+            Run(tuple(piece[: tokenizer.max_length - 2]), number)
+            for number, chunk in enumerate(words)
+            for piece in _pieces(chunk, tokenizer)
+        ]
+
+
+def _levels(chunks: WeightedTokens) -> list[list[list[Any]]]:
+    """The tokens of every chunk, and again only those of at least each higher weight."""
+    levels = [_by_weight(chunk) for chunk in chunks]
+    return [
+        [words[min(level, len(words) - 1)] for words in levels]
+        for level in range(max(len(words) for words in levels))
+    ]
 
 
 def tap(clip: CLIP, *, remember: bool = True) -> CLIP:
@@ -134,10 +240,10 @@ def tap(clip: CLIP, *, remember: bool = True) -> CLIP:
 
 @dataclass(frozen=True)
 class Known:
-    """An encoded prompt: its vectors (n, 768), and a few of its states' values."""
+    """An encoded prompt: what was read of it, and a few of its states' values."""
 
     length: int
-    vectors: Tensor
+    heard: Heard
     sketch: Tensor
 
 
@@ -152,24 +258,28 @@ class Ledger:
         """Forget all."""
         self._known.clear()
 
-    def remember(self, cond: Tensor, vectors: Tensor) -> None:
+    def remember(self, cond: Tensor, heard: Heard) -> None:
         """Keep what the states (1, tokens, dim) were made from; states that are not finite are not kept."""
         if not torch.isfinite(cond).all():
             return
         key = digest(cond[0])
-        self._known[key] = Known(cond.shape[1], vectors, _sketch(cond[0]))
+        self._known[key] = Known(cond.shape[1], heard, _sketch(cond[0]))
         self._known.move_to_end(key)
         while len(self._known) > self.size:
             self._known.popitem(last=False)
 
-    def find(self, cond: Tensor) -> Tensor | None:
-        """Vectors (n, 768) of all that the states (1, tokens, dim) were joined or mixed from; nothing if any part is unknown."""
-        parts = self._joined(cond[0])
-        if parts is None:
-            parts = self._mixed(cond[0])
-        return None if parts is None else torch.cat(parts)
+    def find(self, cond: Tensor) -> Heard | None:
+        """All that the states (1, tokens, dim) were joined or mixed from; nothing if any part is unknown."""
+        joined = self._joined(cond[0])
+        if joined is not None:
+            return _one_after_another(joined)
+        mixed = self._mixed(cond[0])
+        if mixed is None:
+            return None
+        vectors = torch.cat([heard.vectors for heard in mixed])
+        return Heard(vectors, (WHOLE,) * len(vectors))
 
-    def _joined(self, states: Tensor) -> list[Tensor] | None:
+    def _joined(self, states: Tensor) -> list[Heard] | None:
         """Encoded prompts one after the other, as Conditioning Concat leaves them."""
         lengths = sorted({known.length for known in self._known.values()}, reverse=True)
         parts, start = [], 0
@@ -179,14 +289,14 @@ class Ledger:
                 known = self._known.get(key)
                 if known is not None and known.length == length:
                     self._known.move_to_end(key)
-                    parts.append(known.vectors)
+                    parts.append(known.heard)
                     start += length
                     break
             else:
                 return None
         return parts
 
-    def _mixed(self, states: Tensor) -> list[Tensor] | None:
+    def _mixed(self, states: Tensor) -> list[Heard] | None:
         """A weighted sum of encoded prompts, as Conditioning Average leaves it, found by least squares."""
         same = [known for known in self._known.values() if known.length == len(states)]
         if not same:
@@ -205,10 +315,20 @@ class Ledger:
         # The smallest shares are left out only as long as they are little together.
         order = shares.abs().argsort()
         counted = order[shares.abs()[order].cumsum(0) > SMALLEST_SHARE].tolist()
-        return [same[index].vectors for index in sorted(counted)] or None
+        return [same[index].heard for index in sorted(counted)] or None
 
 
 LEDGER = Ledger()
+
+
+def _one_after_another(parts: Sequence[Heard]) -> Heard:
+    """What was read of joined texts; their 77 tokens are counted on."""
+    chunks: list[int] = []
+    start = 0
+    for heard in parts:
+        chunks += [chunk if chunk == WHOLE else start + chunk for chunk in heard.chunks]
+        start += max(heard.chunks) + 1
+    return Heard(torch.cat([heard.vectors for heard in parts]), tuple(chunks))
 
 
 @contextmanager
@@ -224,9 +344,34 @@ def _listening(transformer: torch.nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def _ids(chunk: Sequence[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """Token ids of one chunk; learned embeddings stand for themselves."""
-    return tuple(token if isinstance(token, int) else id(token) for token, *_ in chunk)
+def _has_known_form(reader: Any) -> bool:
+    """Whether CLIP-L has the parts that ``_last_states`` calls."""
+    model = getattr(reader.transformer, "text_model", None)
+    known = hasattr(getattr(model, "embeddings", None), "position_embedding")
+    parts = all(hasattr(model, part) for part in ("encoder", "final_layer_norm"))
+    return known and parts and not reader.enable_attention_masks
+
+
+def _last_states(reader: Any, rows: Sequence[Sequence[Any]]) -> Tensor:
+    """CLIP-L's states at the ends of rows of tokens, all as long, (rows, 768).
+
+    The host always runs 77 tokens. CLIP is causal, so what follows the end never reaches its state: these run at their length.
+    """
+    model = reader.transformer.text_model
+    device = reader.transformer.get_input_embeddings().weight.device
+    states = reader.process_tokens([list(row) for row in rows], device)[0]
+    length = states.shape[1]
+    states = states + model.embeddings.position_embedding.weight[:length].to(states)
+    lowest = torch.finfo(states.dtype).min
+    mask = torch.full((length, length), lowest, dtype=states.dtype, device=device).triu_(1)
+    states, _ = model.encoder(states, mask=mask)
+    return model.final_layer_norm(states)[:, -1]
+
+
+def _ids(tokens: Sequence[Any]) -> tuple[Any, ...]:
+    """Ids of tokens, with or without weights; learned embeddings stand for themselves."""
+    plain = [token[0] if isinstance(token, tuple) else token for token in tokens]
+    return tuple(token if isinstance(token, int) else id(token) for token in plain)
 
 
 def _by_weight(chunk: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
