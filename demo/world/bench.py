@@ -195,7 +195,8 @@ def make_config(roles: Roles, seed: int) -> TrainConfig:
     unseen = [*phrases((*roles.siblings, *roles.unrelated, *roles.erased)), *held_out]
     targets = {form for phrase in phrases(roles.erased) for form in forms(phrase)}
     retained = [phrase for phrase in phrases(roles.retained) if not forms(phrase) & targets]
-    ordinary = [word for word in ordinary_words(unseen) if word not in retained]
+    taken = {form for phrase in (*unseen, *retained) for form in forms(phrase)}
+    ordinary = [word for word in ordinary_words(unseen) if not forms(word) & taken]
     captions = TrainConfig.model_fields["retain_captions"].get_default(call_default_factory=True)
     return TrainConfig(
         checkpoint=Path(CHECKPOINT_NAME),
