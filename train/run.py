@@ -151,12 +151,14 @@ def train(
         **found,
     }
     _refuse_inert(config, processes, metrics)
-    words = describe_words(discovered, config.concepts)
+    words = {}
+    if config.discovery.words:
+        words = {"discovered": describe_words(discovered, config.concepts)}
     info = replace(
         describe(given, denoiser, hypernetwork, gate),
         concepts=tuple(ConceptInfo(c.name, c.target, c.anchor) for c in config.concepts),
         calibration=calibration,
-        metrics={**metrics, "discovered": words},
+        metrics={**metrics, **words},
     )
     if processes.is_main_process:
         finish(config, info, hypernetwork, gate)
