@@ -396,7 +396,10 @@ def make_ways(concept: str) -> dict[str, Way]:
         "PAG": perturbed,
         "wired by hand at 5 %": weakly_wired,
         "another CLIP": other_clip("a photo of a {}"),
-        "another CLIP, after 80 other words": other_clip(long + "a photo of a {}"),
+        # In another order: the guard knows by content what its own CLIP has encoded above.
+        "another CLIP, after 80 other words": other_clip(
+            " ".join(reversed(long.split())) + " a photo of a {}"
+        ),
         "negative prompt, guidance 0": negative_swap,
     }
 
