@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -129,8 +130,8 @@ def _vocabulary(config: TrainConfig, denoiser: DenoiserLike) -> list[str]:
         for phrase in (*target_phrases(config.concepts), *config.retain, *settings.exclude)
         for form in forms(phrase)
     }
-    words = [word for word in denoiser.words() if word not in named and not forms(word) & named]
-    return words[: settings.words]
+    words = (word for word in denoiser.words() if not forms(word) & named)
+    return list(islice(words, settings.words))
 
 
 def _nearest(

@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from unhype import checkpoint
 from unhype.checkpoint import Calibration, ConceptInfo, Pack, PackInfo, to_plain
 from unhype.gate import Gate
-from unhype.host.denoise import Denoiser
-from unhype.host.locate import has_accelerator
 from unhype.hypernetwork import Architecture, Hypernetwork, make_hypernetwork
 from unhype.lora import LoRAFactors
 
@@ -31,13 +29,12 @@ from .calibrate import target_prompts
 from .config import ConfigError, NetworkConfig, ObjectiveName, TrainConfig, make_config
 from .denoiser import DenoiserLike, check_family
 from .gate import Embed, GateMaterial, gather, train_gate
-from .loop import Event, Report, Setting, run_loop, stop_requests
+from .loop import Report, run_loop
 from .objectives import Material, Phase
 from .objectives.base import accumulate
 from .objectives.direct import Direct
 from .phrases import forms, mentions, normal
 from .prompts import forget_prompts, target_phrases
-from .record import check_tensorboard, recorders
 from .run import (
     check_trainable,
     check_writable,
@@ -47,7 +44,7 @@ from .run import (
     lora_norms,
     measure_in_parts,
     prompts_at_once,
-    stoppable,
+    started,
     ticker,
 )
 from .shorthand import ordinary_words
@@ -184,18 +181,10 @@ def extend(
     pack = checkpoint.load(path)
     config = fitting(pack, config)
     _refuse_same(path, config.output)
-    check_writable(config.output)
-    check_tensorboard(config)
-    processes = PartialState(cpu=not has_accelerator())
-    with stop_requests() as stop:
-        report = stoppable(progress, processes, stop)
-        report(Event("loading the model", 0, 1))
-        pictures = bool(config.samples.prompts)
-        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui, pictures=pictures)
-        report(Event("loading the model", 1, 1))
+    with started(config, progress=progress, comfyui=comfyui, denoiser=denoiser) as run:
+        denoiser, report, processes = run.denoiser, run.report, run.processes
         _check_base(pack, denoiser)
-        setting = Setting(_key(path, config, denoiser, growth), processes, report, stop)
-        setting = replace(setting, recorders=recorders(config, denoiser, setting))
+        setting = run.setting(config, _key(path, config, denoiser, growth))
         embed = embedder(denoiser, report)
         material = gather(config, embed)
         prompts = _kept_prompts(pack.info, config)
@@ -242,11 +231,7 @@ def extend(
     calibration = _calibration(gate, pack.info, material, check)
     info = _describe(pack, config, growth, hypernetwork, gate)
     info = replace(info, calibration=calibration, metrics=metrics)
-    if processes.is_main_process:
-        finish(config, info, hypernetwork, gate)
-    if not config.trajectories.keep:
-        state.pool_path(config.output, processes.process_index).unlink(missing_ok=True)
-    processes.wait_for_everyone()
+    finish(config, processes, info, hypernetwork, gate)
     if "gate_calibration" in pack.info.metrics:
         log.warning(
             "The threshold of %s was chosen with `unhype calibrate`; it stays, but the new concepts were no part of it. "

@@ -9,7 +9,8 @@ import math
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -114,20 +115,10 @@ def train(
         WrongGradientError: the model cannot be trained with this version of ComfyUI.
     """
     begin = time.monotonic()
-    check_writable(config.output)
-    check_tensorboard(config)
-    # Gives each process its own device; before the model is loaded.
-    processes = PartialState(cpu=not has_accelerator())
-    with stop_requests() as stop:
-        report = stoppable(progress, processes, stop)
-        report(Event("loading the model", 0, 1))
-        pictures = bool(config.samples.prompts)
-        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui, pictures=pictures)
-        report(Event("loading the model", 1, 1))
+    with started(config, progress=progress, comfyui=comfyui, denoiser=denoiser) as run:
+        denoiser, report, processes = run.denoiser, run.report, run.processes
         _warn_of_unused(config, denoiser)
-        key = f"{config.digest()}/{denoiser.fingerprint.digest}"
-        setting = Setting(key, processes, report, stop)
-        setting = replace(setting, recorders=recorders(config, denoiser, setting))
+        setting = run.setting(config, f"{config.digest()}/{denoiser.fingerprint.digest}")
 
         discovered = discover(config, denoiser, ticker(report, "asking for other words"))
         given, config = config, widen(config, discovered)
@@ -160,27 +151,58 @@ def train(
         calibration=calibration,
         metrics={**metrics, **words},
     )
-    if processes.is_main_process:
-        finish(config, info, hypernetwork, gate)
-    state.eta_path(config.output, processes.process_index).unlink(missing_ok=True)
-    if not config.trajectories.keep:
-        state.pool_path(config.output, processes.process_index).unlink(missing_ok=True)
-    processes.wait_for_everyone()
+    finish(config, processes, info, hypernetwork, gate)
     return Result(config.output, time.monotonic() - begin, metrics)
 
 
-def stoppable(progress: Report | None, processes: PartialState, stop: threading.Event) -> Report:
-    """A reporter that also ends the run, before its training, once ``stop`` is set."""
+@dataclass(frozen=True)
+class Started:
+    """A run whose model is loaded.
 
-    def report(event: Event) -> None:
-        if progress is not None and processes.is_main_process:
-            progress(event)
-        if stop.is_set() and event.stage != STAGE:
-            raise TrainingInterrupted(
-                f"Interrupted while {event.stage}, before training began. Run the same command to start again."
-            )
+    Attributes:
+        processes: this process among those that share the work.
+        report: told of progress; it also ends the run, before its training, once ``stop`` is set.
+    """
 
-    return report
+    denoiser: DenoiserLike
+    processes: PartialState
+    report: Report
+    stop: threading.Event
+
+    def setting(self, config: TrainConfig, key: str) -> Setting:
+        """What its loop happens in; a state with another ``key`` is not continued."""
+        setting = Setting(key, self.processes, self.report, self.stop)
+        return replace(setting, recorders=recorders(config, self.denoiser, setting))
+
+
+@contextmanager
+def started(
+    config: TrainConfig,
+    *,
+    progress: Report | None,
+    comfyui: Path | None,
+    denoiser: DenoiserLike | None,
+) -> Iterator[Started]:
+    """Refuse early what cannot be written, load the model if there is none, and let signals stop the work inside."""
+    check_writable(config.output)
+    check_tensorboard(config)
+    # Gives each process its own device; before the model is loaded.
+    processes = PartialState(cpu=not has_accelerator())
+    with stop_requests() as stop:
+
+        def report(event: Event) -> None:
+            if progress is not None and processes.is_main_process:
+                progress(event)
+            if stop.is_set() and event.stage != STAGE:
+                raise TrainingInterrupted(
+                    f"Interrupted while {event.stage}, before training began. Run the same command to start again."
+                )
+
+        report(Event("loading the model", 0, 1))
+        pictures = bool(config.samples.prompts)
+        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui, pictures=pictures)
+        report(Event("loading the model", 1, 1))
+        yield Started(denoiser, processes, report, stop)
 
 
 def describe(
@@ -229,11 +251,23 @@ def measure_in_parts(
     return share.attempt(attempt)
 
 
-def finish(config: TrainConfig, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:
+def finish(
+    config: TrainConfig,
+    processes: PartialState,
+    info: PackInfo,
+    hypernetwork: Hypernetwork,
+    gate: Gate,
+) -> None:
     """Write the pack, then drop the state: whatever happens in between, one of the two is whole."""
-    with state.writing(config.output):
-        checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
-    state.state_path(config.output).unlink(missing_ok=True)
+    index = processes.process_index
+    if processes.is_main_process:
+        with state.writing(config.output):
+            checkpoint.save(config.output, info, hypernetwork.cpu(), gate)
+        state.state_path(config.output).unlink(missing_ok=True)
+    state.eta_path(config.output, index).unlink(missing_ok=True)
+    if not config.trajectories.keep:
+        state.pool_path(config.output, index).unlink(missing_ok=True)
+    processes.wait_for_everyone()
 
 
 def _with_eta(

@@ -50,9 +50,10 @@ class Pool:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some states of a pool; ``text`` is the prompts p, row by row."""
+    """Some states of a pool; ``text`` is the prompts p, row by row, and ``prompt`` their numbers in the pool."""
 
     text: TextBatch
+    prompt: Tensor
     latents: Tensor
     sigmas: Tensor
     prediction: Tensor
@@ -63,6 +64,7 @@ class Batch:
         text = TextBatch(self.text.cross[rows], self.text.pooled[rows], self.text.host_pooled[rows])
         return Batch(
             text,
+            self.prompt[rows],
             self.latents[rows],
             self.sigmas[rows],
             self.prediction[rows],
@@ -73,8 +75,10 @@ class Batch:
 def draw(pool: Pool, batch_size: int, generator: torch.Generator) -> Batch:
     """States drawn with replacement."""
     index = torch.randint(len(pool.prompt), (batch_size,), generator=generator)
+    prompt = pool.prompt[index]
     return Batch(
-        pool.text.rows(pool.prompt[index]),
+        pool.text.rows(prompt),
+        prompt,
         pool.latents[index],
         pool.sigmas[index],
         pool.prediction[index],

@@ -17,6 +17,7 @@ from unhype.checkpoint import BaseFingerprint
 from unhype.families import FAMILIES, FamilySpec
 from unhype.host import vision
 from unhype.host.bypass import adapted, find_sites, find_targets
+from unhype.host.euler import draw_noise, euler, guide, keep, on_first
 from unhype.host.text import TextBatch, Tokens
 from unhype.lora import LoRAFactors, TargetModule
 
@@ -118,14 +119,11 @@ class NarrowWorld:
     ) -> tuple[Tensor, Tensor]:
         """States (kept, batch, 4, height, width) before the steps named, and their sigmas (kept,)."""
         kept = sorted(set(stop_indices))
-        side = size // DOWNSCALE
-        noise = torch.randn(
-            (len(text), LATENT_CHANNELS, side, side), generator=torch.Generator().manual_seed(seed)
-        )
+        shape = (len(text), LATENT_CHANNELS, size // DOWNSCALE, size // DOWNSCALE)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         sigmas = self._levels(steps)
         states = self._euler(text, None, noise, sigmas, guidance_scale)
-        drawn = dict(zip(range(kept[-1] + 1), states, strict=False))
-        return torch.stack([drawn[step] for step in kept]), sigmas[kept]
+        return keep(states, kept), sigmas[kept]
 
     @torch.no_grad()
     def sample(
@@ -143,10 +141,7 @@ class NarrowWorld:
 
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         """Noise for pictures of ``size`` pixels, (seeds, 4, height, width)."""
-        shape = (LATENT_CHANNELS, size // DOWNSCALE, size // DOWNSCALE)
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+        return draw_noise(seeds, (LATENT_CHANNELS, size // DOWNSCALE, size // DOWNSCALE))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -183,16 +178,12 @@ class NarrowWorld:
         guidance_scale: float,
     ) -> Iterator[Tensor]:
         """States before each step and after the last."""
-        num = len(text)
-        both = TextBatch.cat([text, self._empty.rows([0] * num)])
-        applied = None
-        if factors is not None:
-            applied = factors.rows([*range(num)] * 2).scaled((torch.arange(2 * num) < num).float())
-        x_t = noise * (1 + sigmas[0].square()).sqrt()
-        yield x_t
-        for now, after in zip(sigmas, sigmas[1:], strict=False):
-            cond, uncond = self.predict(
-                torch.cat([x_t, x_t]), now.expand(2 * num), both, applied
-            ).chunk(2)
-            x_t = x_t + (uncond + guidance_scale * (cond - uncond)) * (after - now)
-            yield x_t
+        both = TextBatch.cat([text, self._empty.rows([0] * len(text))])
+        applied = None if factors is None else on_first(factors)
+
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            inputs = torch.cat([x_t, x_t])
+            noise = self.predict(inputs, sigma.expand(len(both)), both, applied)
+            return guide(inputs - sigma * noise, guidance_scale)
+
+        return euler(denoise, noise * (1 + sigmas[0].square()).sqrt(), sigmas)

@@ -13,6 +13,7 @@ from torch import Tensor
 from train.config import make_config
 from train.evaluate.base import Judgement, Kind, Question, Sampling, Task
 from unhype.host.denoise import TextBatch
+from unhype.host.euler import draw_noise, euler
 from unhype.lora import LoRAFactors
 
 # By path, for processes that another one launches have no package around this file.
@@ -37,18 +38,18 @@ class Painter(tiny.TinyDenoiser):
         guidance_scale: float,
         noise: Tensor,
     ) -> Tensor:
-        x, sigmas = 10 * noise, torch.linspace(10, 0.1, steps + 1)
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return x - sigma * self.predict(x, sigma.expand(len(x)), text, factors)
+
         with torch.no_grad():
-            for now, after in zip(sigmas, sigmas[1:], strict=False):
-                x = x + (after - now) * self.predict(x, now.expand(len(x)), text, factors)
-        return x
+            *_, latents = euler(denoise, 10 * noise, torch.linspace(10, 0.1, steps + 1))
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         return latents[:, :3].sigmoid()
 
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return torch.stack([torch.randn(4, size, size, generator=g) for g in generators])
+        return draw_noise(seeds, (4, size, size))
 
 
 @dataclass(frozen=True)

@@ -345,7 +345,7 @@ def model(tmp_path: Path, denoiser: TinyDenoiser, monkeypatch: pytest.MonkeyPatc
     """A checkpoint that loads as the tiny denoiser."""
     path = tmp_path / "tiny.safetensors"
     path.touch()
-    monkeypatch.setattr("train.extend.Denoiser.load", lambda path, comfyui, *, pictures: denoiser)
+    monkeypatch.setattr("train.run.Denoiser.load", lambda path, comfyui, *, pictures: denoiser)
     return path
 
 

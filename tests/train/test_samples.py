@@ -14,6 +14,7 @@ from train import state
 from train.config import ConfigError, TrainConfig
 from train.run import train
 from train.samples import GAP, LINE, samples_path
+from unhype.host.euler import draw_noise, euler
 from unhype.host.text import TextBatch
 from unhype.lora import LoRAFactors
 
@@ -32,10 +33,7 @@ class TinyPainter(TinyDenoiser):
         self.room = room
 
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
-        shape = (4, size // 8, size // 8)
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+        return draw_noise(seeds, (4, size // 8, size // 8))
 
     @torch.no_grad()
     def sample(
@@ -49,11 +47,12 @@ class TinyPainter(TinyDenoiser):
     ) -> Tensor:
         if len(noise) > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        sigmas = torch.linspace(10, 0.1, steps)
-        x = 10 * noise
-        for now, after in zip(sigmas, sigmas[1:], strict=False):
-            x = x + (after - now) * self.predict(x, now.expand(len(x)), text, factors)
-        return x
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            return x - sigma * self.predict(x, sigma.expand(len(x)), text, factors)
+
+        *_, latents = euler(denoise, 10 * noise, torch.linspace(10, 0.1, steps))
+        return latents
 
     def decode(self, latents: Tensor) -> Tensor:
         small = (latents[:, :3] / 40).sigmoid()

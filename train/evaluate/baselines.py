@@ -99,8 +99,10 @@ def _train_bank(
 
     for step in range(settings.steps):
         optimizer.zero_grad()
-        batch, prompts = _draw_with_prompts(ground.forget, settings.batch_size, generator)
-        change(batch, row_of(prompts), end(batch, config.objective.negative_guidance)).backward()
+        batch = draw(ground.forget, settings.batch_size, generator)
+        change(
+            batch, row_of(batch.prompt), end(batch, config.objective.negative_guidance)
+        ).backward()
         if ground.retain is not None:
             kept = draw(ground.retain, settings.batch_size, generator)
             any_row = torch.randint(rows, (settings.batch_size,), generator=generator)
@@ -116,14 +118,6 @@ def _train_bank(
         tuple(up.detach() for up in factors.up),
         factors.scale,
     )
-
-
-def _draw_with_prompts(pool: Pool, size: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """States as :func:`draw` draws them, and the number of each one's prompt."""
-    state = generator.get_state()
-    index = torch.randint(len(pool.prompt), (size,), generator=generator)
-    generator.set_state(state)
-    return draw(pool, size, generator), pool.prompt[index]
 
 
 @torch.no_grad()
@@ -166,5 +160,5 @@ def _text_states(model: PictureModel, texts: Sequence[str]) -> Tensor:
         first_end = int(distance.argmin())
         places = [max(first_end - 1, 0), first_end]
         places += torch.linspace(first_end + 1, length - 1, PADDING_READ).long().tolist()
-        states.append(cross[sorted({min(place, length - 1) for place in places})])
+        states.append(cross[[min(place, length - 1) for place in places]])
     return torch.cat(states)

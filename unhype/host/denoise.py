@@ -23,6 +23,7 @@ from ..checkpoint import BaseFingerprint
 from ..families import FAMILIES, Branch, FamilySpec, family_of_host_class
 from ..lora import LoRAFactors, TargetModule
 from .bypass import Site, adapted, find_sites, find_targets
+from .euler import draw_noise, euler, guide, keep, on_first
 from .locate import find_comfyui, use_as_library
 from .tap import READER
 from .text import TextBatch, TextEncoder, Tokens
@@ -256,8 +257,7 @@ class Denoiser:
         shape = (len(text), *self._latent_shape(size))
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
         sigmas, states = self._euler(text, None, noise, steps, guidance_scale)
-        drawn = dict(zip(range(kept[-1] + 1), states, strict=False))
-        return torch.stack([drawn[step] for step in kept]), sigmas[kept]
+        return keep(states, kept), sigmas[kept]
 
     @torch.no_grad()
     def sample(
@@ -284,10 +284,7 @@ class Denoiser:
 
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         """Noise for pictures of ``size`` pixels, each from its own seed, (seeds, channels, height, width)."""
-        shape = self._latent_shape(size)
-        return torch.stack(
-            [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        )
+        return draw_noise(seeds, self._latent_shape(size))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -319,24 +316,17 @@ class Denoiser:
         both, applied = text, factors
         if guided:
             both = TextBatch.cat([text, self._empty.rows([0] * len(text))])
-            applied = None if factors is None else _on_first(factors)
+            applied = None if factors is None else on_first(factors)
 
-        def states() -> Iterator[Tensor]:
-            x_t = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), full_noise)
-            yield x_t
-            for step in range(steps):
-                sigma = sigmas[step]
-                levels = sigma.expand(len(both))
-                inputs = torch.cat([x_t, x_t]) if guided else x_t
-                raw = self.predict(inputs, levels, both, applied)
-                denoised = sampling.calculate_denoised(levels, raw, inputs)
-                if guided:
-                    cond, uncond = denoised.chunk(2)
-                    denoised = uncond + guidance_scale * (cond - uncond)
-                x_t = x_t + (x_t - denoised) / sigma * (sigmas[step + 1] - sigma)
-                yield x_t
+        def denoise(x_t: Tensor, sigma: Tensor) -> Tensor:
+            levels = sigma.expand(len(both))
+            inputs = torch.cat([x_t, x_t]) if guided else x_t
+            raw = self.predict(inputs, levels, both, applied)
+            denoised = sampling.calculate_denoised(levels, raw, inputs)
+            return guide(denoised, guidance_scale) if guided else denoised
 
-        return sigmas, states()
+        x_t = sampling.noise_scaling(sigmas[0], noise, torch.zeros_like(noise), full_noise)
+        return sigmas, euler(denoise, x_t, sigmas)
 
     def _load(self) -> None:
         """Bring the model to its device, from which loading the text encoder may have moved it."""
@@ -371,13 +361,6 @@ class Denoiser:
             hashed.update(f"{target.name} {tuple(weight.shape)} {weight.dtype}".encode())
             hashed.update(weight.view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()[:DIGEST_LENGTH]
-
-
-def _on_first(factors: LoRAFactors) -> LoRAFactors:
-    """Factors of a batch, and as many rows without effect behind them."""
-    twice = factors.rows([*range(len(factors)), *range(len(factors))])
-    first = torch.arange(len(twice), device=twice.scale.device) < len(factors)
-    return twice.scaled(first.to(twice.scale))
 
 
 def _overwritten(diffusion_model: nn.Module) -> tuple[nn.Module, ...]:

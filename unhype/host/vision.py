@@ -36,20 +36,20 @@ def declare_when_imported() -> None:
 
 def declare_missing_operators() -> None:
     """Declare the operators unless torchvision is absent or its own library loads."""
-    import torch
+    from torch import library, ops
 
     spec = PathFinder.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return
-    library = Path(spec.submodule_search_locations[0]) / "_C.so"
-    if library.exists():
+    compiled = Path(spec.submodule_search_locations[0]) / "_C.so"
+    if compiled.exists():
         try:
-            ctypes.CDLL(str(library))
+            ctypes.CDLL(str(compiled))
         except OSError:
             pass
         else:
             return
     for schema in SCHEMAS:
         name = schema.split("(")[0]
-        if not hasattr(torch.ops.torchvision, name):  # asked for again before anyone imported it
-            torch.library.define(f"torchvision::{name}", schema[schema.index("(") :])
+        if not hasattr(ops.torchvision, name):  # asked for again before anyone imported it
+            library.define(f"torchvision::{name}", schema[schema.index("(") :])
