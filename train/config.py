@@ -50,12 +50,12 @@ def read_lines(path: Path) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
-def _to_tuple(value: object) -> object:
+def to_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
 def _to_lines(value: object) -> object:
-    return read_lines(Path(value)) if isinstance(value, str) else _to_tuple(value)
+    return read_lines(Path(value)) if isinstance(value, str) else to_tuple(value)
 
 
 def _to_path(value: object) -> object:
@@ -89,7 +89,7 @@ def _names_something(phrase: str) -> str:
 
 Line = Annotated[str, Field(min_length=1, pattern=r"\S")]
 Phrase = Annotated[Line, AfterValidator(_names_something)]
-Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(_to_tuple)]
+Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(to_tuple)]
 PhraseLines = Annotated[tuple[Phrase, ...], BeforeValidator(_to_lines)]
 Lines = Annotated[tuple[Line, ...], BeforeValidator(_to_lines)]
 FilePath = Annotated[Path, BeforeValidator(_to_path)]
@@ -372,7 +372,7 @@ class TrainConfig(BaseModel):
 
     checkpoint: FilePath
     output: FilePath
-    concepts: Annotated[tuple[ConceptConfig, ...], BeforeValidator(_to_tuple), Field(min_length=1)]
+    concepts: Annotated[tuple[ConceptConfig, ...], BeforeValidator(to_tuple), Field(min_length=1)]
     retain: PhraseLines
     retain_captions: Lines = Field(default_factory=lambda: read_lines(DATA / "captions.txt"))
     templates: Lines = Field(default_factory=lambda: read_lines(DATA / "templates.txt"))
@@ -499,7 +499,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(
             f"{path} holds {got}, expected keys with values. Known keys: {', '.join(TrainConfig.model_fields)}."
         )
-    _refuse_repeated_keys(tree, path)
+    refuse_repeated_keys(tree, path)
     return make_config(data, overrides, source=Source(path, tree))
 
 
@@ -533,8 +533,7 @@ def make_config(
     try:
         return TrainConfig.model_validate(merged)
     except ValidationError as error:
-        sentences = [_sentence(detail, source) for detail in error.errors(include_url=False)]
-        raise ConfigError("\n".join(dict.fromkeys(sentences))) from error
+        raise ConfigError(explain(error, source, TrainConfig, "config")) from error
 
 
 def _look_up_concepts(data: dict[str, object], source: Source) -> None:
@@ -597,7 +596,7 @@ def _override(data: dict[str, object], override: str) -> tuple[str | int, ...]:
     return tuple(keys)
 
 
-def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
+def refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
     """YAML would silently let the last one win."""
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
@@ -608,10 +607,10 @@ def _refuse_repeated_keys(node: yaml.Node | None, path: Path) -> None:
                     f"Key {key.value!r} stands twice in {path}, on lines {lines[key.value]} and {line}. Keep one."
                 )
             lines[key.value] = line
-            _refuse_repeated_keys(value, path)
+            refuse_repeated_keys(value, path)
     elif isinstance(node, yaml.SequenceNode):
         for value in node.value:
-            _refuse_repeated_keys(value, path)
+            refuse_repeated_keys(value, path)
 
 
 def _line(node: yaml.Node | None, location: Sequence[str | int]) -> int | None:
@@ -643,9 +642,9 @@ def _suggest(wrong: str, known: Sequence[str]) -> str:
     return f"Known: {', '.join(known)}.{hint}"
 
 
-def _fields_at(location: Sequence[str | int]) -> list[str]:
+def _fields_at(location: Sequence[str | int], root: type[BaseModel]) -> list[str]:
     """The keys of the section at ``location``."""
-    section: type[BaseModel] = TrainConfig
+    section = root
     for key in location:
         if isinstance(key, str) and key in section.model_fields:
             annotation = section.model_fields[key].annotation
@@ -680,8 +679,21 @@ EXPECTED = {
 }
 
 
-def _sentence(detail: Mapping[str, object], source: Source) -> str:
-    """One problem that the schema found, as a sentence."""
+def explain(error: ValidationError, source: Source, root: type[BaseModel], name: str) -> str:
+    """What a schema found, one sentence a problem.
+
+    Args:
+        root: the whole file's schema.
+        name: what to call the whole file.
+    """
+    details = error.errors(include_url=False)
+    return "\n".join(dict.fromkeys(_sentence(detail, source, root, name) for detail in details))
+
+
+def _sentence(
+    detail: Mapping[str, object], source: Source, root: type[BaseModel], name: str
+) -> str:
+    """One problem that a schema found."""
     location = detail["loc"]
     kind, value = str(detail["type"]), detail.get("input")
     context = detail.get("ctx") or {}
@@ -690,14 +702,14 @@ def _sentence(detail: Mapping[str, object], source: Source) -> str:
     key = ".".join(map(str, location))
     place = source.place(location)
     if kind == "extra_forbidden":
-        known = _fields_at(location[:-1])
+        known = _fields_at(location[:-1], root)
         return f"Unknown key {key!r}{place}. {_suggest(str(location[-1]), known)}"
     if kind == "missing":
-        parent = ".".join(map(str, location[:-1])) or "the config"
-        known = ", ".join(_fields_at(location[:-1]))
+        parent = ".".join(map(str, location[:-1])) or f"the {name}"
+        known = ", ".join(_fields_at(location[:-1], root))
         return f"Key {key!r} is missing{source.place(location[:-1])}; {parent} needs it. Known: {known}."
     if kind == "value_error":
         text = str(context.get("error", detail["msg"]))
-        return f"{key}{place}: {text}." if key else f"The config{place}: {text}."
+        return f"{key}{place}: {text}." if key else f"The {name}{place}: {text}."
     expected = EXPECTED.get(kind, str(detail["msg"])).format(**context)
     return f"{key}{place} is {value!r}, expected {expected}."

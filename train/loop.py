@@ -65,6 +65,10 @@ class Step:
     seconds: float
     hypernetwork: Hypernetwork
 
+    def is_due(self, every: int) -> bool:
+        """Whether something is to be done now that is done every so many steps, and at the last."""
+        return self.number % every == 0 or self.number == self.total
+
 
 class Recorder(Protocol):
     """Keeps something of every step, in the main process alone."""

@@ -21,17 +21,18 @@ from unhype.checkpoint import to_plain
 from unhype.gate import Gate
 from unhype.host.locate import has_accelerator
 from unhype.host.text import TextBatch
-from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
+from unhype.hypernetwork import Hypernetwork
 
 from .config import ConfigError, TrainConfig
 from .denoiser import DenoiserLike
+from .discovery import PICTURES, STOPS, Speaking
 from .gate import GateMaterial, fit_gate, gather
 from .loop import Event, Report, Setting, run_loop
 from .memory import step_share
 from .objectives import MEASURED_BATCHES, Material, Objective, make_objective
 from .objectives.oracle import MOST, mean_gradient
 from .prompts import forget_prompts
-from .run import check_trainable, describe, needs_eta, prompts_at_once
+from .run import check_trainable, describe, needs_eta, new_hypernetwork, prompts_at_once
 from .trajectories import Pool, collect, draw
 
 Value = TypeVar("Value")
@@ -126,11 +127,12 @@ def estimate(
     gate_step /= GATE_STEPS
 
     report(Event("some steps of a trajectory", 0, 1))
-    rollout_step, rollouts, pool = _trajectories(config, denoiser, clock)
+    rollout_step, prediction, rollouts, pool = _trajectories(config, denoiser, clock)
+    at_once = len(pool.prompt)
 
     report(Event("some steps of training", 0, 1))
     setting = Setting("plan", processes, lambda event: None, threading.Event())
-    hypernetwork = _new_hypernetwork(config, denoiser, material)
+    hypernetwork = new_hypernetwork(config, denoiser, material)
     objective = _objective(config, denoiser, hypernetwork, pool, material)
     check, _ = clock.once(lambda: check_trainable(denoiser, pool))
     eta = _eta(config, objective, clock)
@@ -156,13 +158,16 @@ def estimate(
         },
         seconds={
             "loading the model": load_seconds,
+            "asking for other words": _discovery(
+                config, denoiser, prompt, rollout_step / at_once, prediction / at_once
+            ),
             "reading prompts": prompt * len(texts),
             "training the gate": gate_step * config.gate.steps,
             "collecting trajectories": rollouts,
             "checking the gradient": check,
             "measuring eta": eta,
             "training the hypernetwork": training_step * config.train.steps,
-            "drawing samples": rollout_step * _sample_steps(config),
+            "drawing samples": rollout_step / at_once * _sample_steps(config),
             "measuring": training_step * FORWARD_SHARE * MEASURED_BATCHES,
         },
         target_modules=len(denoiser.targets),
@@ -224,8 +229,8 @@ def _gate_texts(config: TrainConfig, denoiser: DenoiserLike) -> tuple[list[str],
 
 def _trajectories(
     config: TrainConfig, denoiser: DenoiserLike, clock: Clock
-) -> tuple[float, float, Pool]:
-    """Seconds of a rollout step and of all rollouts, and a pool of one batch with one state each."""
+) -> tuple[float, float, float, Pool]:
+    """Seconds of a rollout step, of a prediction and of all rollouts, and a pool of one batch with one state each."""
     settings = config.trajectories
     size = min(settings.batch_size, settings.rollouts)
     rng = random.Random(f"unhype plan {config.seed}")
@@ -255,7 +260,7 @@ def _trajectories(
     length = settings.steps * (1 - 0.5 / settings.states)
     batch = first + 2 * prediction * (settings.states - 1) + rollout_step * length
     batches = (settings.rollouts + settings.retain_rollouts) / size
-    return rollout_step, batch * batches, pool
+    return rollout_step, prediction, batch * batches, pool
 
 
 def _objective(
@@ -277,12 +282,25 @@ def _objective(
     )
 
 
-def _sample_steps(config: TrainConfig) -> float:
-    """How many rollout steps take as long as all sample pictures: the plain ones, and those of each grid."""
-    settings, states = config.samples, config.trajectories
+def _discovery(
+    config: TrainConfig, denoiser: DenoiserLike, prompt: float, step: float, prediction: float
+) -> float:
+    """Seconds of asking for other words, from those of a prompt, and of a rollout step and a prediction of one picture."""
+    settings = config.discovery
+    if not settings.words or not isinstance(denoiser, Speaking):
+        return 0.0
+    asked = min(settings.candidates, settings.words) + 2  # the concept and its anchor, too
+    steps, predictions = PICTURES * STOPS[-1], PICTURES * len(STOPS) * asked
+    each = step * steps + prediction * predictions
+    return prompt * settings.words + len(config.concepts) * each
+
+
+def _sample_steps(config: TrainConfig) -> int:
+    """Rollout steps of all sample pictures: the plain ones, and those of each grid."""
+    settings = config.samples
     grids = math.ceil(config.train.steps / settings.every)
     pictures = (grids + 1) * len(settings.prompts)
-    return pictures * settings.steps / min(states.batch_size, states.rollouts)
+    return pictures * settings.steps
 
 
 def _eta(config: TrainConfig, objective: Objective, clock: Clock) -> float:
@@ -319,23 +337,6 @@ def _training_step(
     if seconds < ENOUGH:
         seconds = clock.once(lambda: run(MOST_REPEATS))[0] / MOST_REPEATS
     return seconds
-
-
-def _new_hypernetwork(
-    config: TrainConfig, denoiser: DenoiserLike, material: GateMaterial
-) -> Hypernetwork:
-    settings = config.network
-    sizes = HypernetworkConfig(
-        settings.architecture,
-        denoiser.family.embedding.dim,
-        settings.rank,
-        settings.hidden_dim,
-        settings.num_steps,
-    )
-    with torch.random.fork_rng(devices=[]):
-        hypernetwork = make_hypernetwork(sizes, denoiser.targets)
-    hypernetwork.standardize.fit(material.negatives)
-    return hypernetwork.to(denoiser.device)
 
 
 def _pool_bytes(pool: Pool, config: TrainConfig) -> int:

@@ -87,12 +87,12 @@ class Metrics:
     def begin(self, done: int) -> None:
         with state.writing(self._path):
             with self._path.open("ab") as file:
-                file.truncate(self._whole_length(done))
+                file.truncate(self._whole_length(done) if done else 0)
             if not self._path.stat().st_size:
                 self._write(self._first)
 
     def record(self, step: Step) -> None:
-        if step.number % self._every and step.number < step.total:
+        if not step.is_due(self._every):
             return
         seconds = round(step.seconds, 6)
         line = {"step": step.number, **step.values, **step.rates, "seconds": seconds}
@@ -120,7 +120,7 @@ class Metrics:
                 if read.get("step", 0) > done:
                     break
                 length += len(line)
-        return length if done else 0
+        return length
 
 
 class TensorBoard:
@@ -138,7 +138,7 @@ class TensorBoard:
             self._writer = SummaryWriter(str(self._path), purge_step=done + 1)
 
     def record(self, step: Step) -> None:
-        if self._writer is None or step.number % self._every and step.number < step.total:
+        if self._writer is None or not step.is_due(self._every):
             return
         with state.writing(self._path):
             figures = {**step.values, **step.rates, "seconds": step.seconds}

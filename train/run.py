@@ -124,7 +124,7 @@ def train(
         given, config = config, widen(config, discovered)
         material = gather(config, embedder(denoiser, report))
         gate, calibration = train_gate(config, material, ticker(report, "training the gate"))
-        hypernetwork = _new_hypernetwork(config, denoiser, material)
+        hypernetwork = new_hypernetwork(config, denoiser, material)
         forget, retain = collect_pools(config, denoiser, setting)
         check_trainable(denoiser, forget)
         objective = make_objective(
@@ -378,9 +378,10 @@ def _pool_digest(config: TrainConfig) -> str:
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def _new_hypernetwork(
+def new_hypernetwork(
     config: TrainConfig, denoiser: DenoiserLike, material: GateMaterial
 ) -> Hypernetwork:
+    """An untrained one, of the config's sizes and seed, that knows the spread of the prompts."""
     settings = config.network
     sizes = HypernetworkConfig(
         settings.architecture,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
 import torch
-from PIL import Image, ImageDraw
 from torch import Tensor
 
 from unhype.hypernetwork import Hypernetwork
@@ -15,10 +13,13 @@ from unhype.hypernetwork import Hypernetwork
 from . import state
 from .config import ConfigError, TrainConfig
 from .denoiser import DenoiserLike
+from .evaluate.evaluators import to_bytes
 from .loop import Step
 from .memory import Share
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .evaluate.base import PictureModel
 
 DRAWS = ("sample", "decode", "noise")
@@ -57,21 +58,15 @@ class Samples:
         """Nothing: grids of later steps are drawn again."""
 
     def record(self, step: Step) -> None:
-        if step.number % self._config.samples.every and step.number < step.total:
+        if not step.is_due(self._config.samples.every):
             return
         prompts = self._config.samples.prompts
         if self._plain is None:
             self._plain = self._draw(None)
         grid = _grid(prompts, (self._plain, self._draw(step.hypernetwork)))
         path = samples_path(self._config.output, step.number)
-        part = path.with_name(path.name + ".part")
-        with state.writing(path):
-            path.parent.mkdir(exist_ok=True)
-            try:
-                grid.save(part, format="PNG")
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+        with state.written_whole(path) as part:
+            grid.save(part, format="PNG")
 
     @torch.no_grad()
     def _draw(self, hypernetwork: Hypernetwork | None) -> Tensor:
@@ -102,6 +97,8 @@ def _draws(denoiser: DenoiserLike) -> TypeGuard[PictureModel]:
 
 def _grid(prompts: tuple[str, ...], columns: tuple[Tensor, ...]) -> Image.Image:
     """Columns of pictures under their names, the prompt over each row."""
+    from PIL import Image, ImageDraw
+
     _, _, height, width = columns[0].shape
     row = LINE + height + GAP
     grid = Image.new(
@@ -111,10 +108,8 @@ def _grid(prompts: tuple[str, ...], columns: tuple[Tensor, ...]) -> Image.Image:
     for column, (name, pictures) in enumerate(zip(COLUMNS, columns, strict=True)):
         left = column * (width + GAP)
         write.text((left, 0), name, fill="black")
-        for index, picture in enumerate(pictures):
-            pixels = (picture.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-            top = 2 * LINE + index * row
-            grid.paste(Image.fromarray(pixels.contiguous().numpy()), (left, top))
+        for index, pixels in enumerate(to_bytes(pictures)):
+            grid.paste(Image.fromarray(pixels), (left, 2 * LINE + index * row))
     for index, prompt in enumerate(prompts):
         write.text((0, LINE + index * row), prompt, fill="black")
     return grid

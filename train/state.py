@@ -53,21 +53,32 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Where to write a file within, so that it appears as ``path`` only when whole.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a file that appears under its name only when whole.
 
     Raises:
         OSError: it cannot be written.
     """
-    part = path.with_name(path.name + ".part")
     copies = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(copies, part, metadata)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+    with written_whole(path) as part:
+        save_file(copies, part, metadata)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

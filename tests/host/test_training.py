@@ -86,6 +86,17 @@ def test_text_is_encoded_as_the_hosts_node_does(denoiser: Denoiser, clip: Any, t
             torch.testing.assert_close(got[row], extras[VECTORS][0], atol=1e-4, rtol=0)
 
 
+def test_clip_l_reads_a_prompt_once(denoiser: Denoiser, clip: Any) -> None:
+    runs: list[object] = []
+    encoder = clip.cond_stage_model.clip_l.transformer.text_model.encoder
+    handle = encoder.register_forward_hook(lambda *_: runs.append(None))
+    denoiser.embed(
+        ["a quiet day " * 8, WEIGHTED]
+    )  # a tapped CLIP reads windows of the one, and the other's weights
+    handle.remove()
+    assert len(runs) == 2
+
+
 def test_a_prompt_that_would_be_cut_is_refused(denoiser: Denoiser) -> None:
     for embed in (denoiser.embed, denoiser.embed_pooled):
         with pytest.raises(ValueError, match="longer than the .*'a quiet day .*Shorten it"):

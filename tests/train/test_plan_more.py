@@ -73,3 +73,22 @@ def test_the_time_to_draw_samples(make: Make) -> None:
     pictures = 2 * (1 + 3)  # without LoRA, and at steps 5, 10 and 12
     batches = pictures / config.trajectories.batch_size
     assert 1 < planned.seconds["drawing samples"] / (0.02 * batches * 20) < 2
+
+
+class SlowSpeaker(SlowDenoiser):
+    """Has words, too."""
+
+    def words(self) -> list[str]:
+        return []
+
+
+def test_the_time_to_ask_for_other_words(make: Make) -> None:
+    config = make("discovery.words=100", "discovery.candidates=8", "trajectories.steps=10")
+    stage = "asking for other words"
+    assert estimate(make(), SlowSpeaker()).seconds[stage] == 0
+    assert estimate(config, SlowDenoiser()).seconds[stage] == 0  # has no words
+    pictures = 4 * 6 + 16 * (
+        8 + 2
+    )  # rollouts, and predictions for a word, the concept or its anchor
+    batches = len(config.concepts) * pictures / config.trajectories.batch_size
+    assert 1 < estimate(config, SlowSpeaker()).seconds[stage] / (0.02 * batches) < 2

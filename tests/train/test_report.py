@@ -18,9 +18,10 @@ from typer.testing import CliRunner
 
 from train.cli import app
 from train.config import ConfigError, make_config
+from train.evaluate.attacks import AttackRate
 from train.evaluate.base import Kind, Question
 from train.evaluate.compare import Cell, Row, summarise_cells
-from train.evaluate.evaluation import Attack, Effort, Evaluation, Subject, choose_shown, evaluate
+from train.evaluate.evaluation import Effort, Evaluation, Subject, choose_shown, evaluate
 from train.evaluate.exam import Answer
 from train.evaluate.report import (
     cells,
@@ -28,17 +29,15 @@ from train.evaluate.report import (
     describe,
     fidelity,
     fires,
-    interval,
     lines,
     markdown,
-    rate,
     roc_chart,
     summary,
-    wilson,
     words,
     write_comparison,
     write_evaluation,
 )
+from train.evaluate.scores import interval, rate, wilson
 from train.evaluate.suite import Assignment, SuiteError
 from train.loop import Event
 from train.run import train
@@ -225,8 +224,8 @@ def test_the_page_stands_alone_and_shows_everything(subject: Subject, tmp_path: 
     subject = replace(subject, pack=replace(subject.pack, info=info))
     found = evaluate(subject, ASSIGNMENT, tmp_path, report=lambda event: None)
     attacks = (
-        Attack("none", 4, 0.0, 1.0, 0.0, 0.0),
-        Attack("interpolation 0.5", 4, 0.25, 0.5, None, 0.5, share=0.5),
+        AttackRate("none", 4, 0.0, 1.0, 0.0, 0.0),
+        AttackRate("interpolation 0.5", 4, 0.25, 0.5, None, 0.5, share=0.5),
     )
     found = Evaluation(found.seeds, ANSWERS, found.shown, attacks)
     report = describe(subject, ASSIGNMENT, found)

@@ -6,7 +6,7 @@ import pytest
 
 from train.evaluate.base import Kind, Question
 from train.evaluate.exam import Answer
-from train.evaluate.scores import known_words, summarise
+from train.evaluate.scores import known_words, summarise, wilson
 
 
 def answer(kind: Kind, *, hit: bool, base: bool = True, text: str = "", word: str = "") -> Answer:
@@ -100,3 +100,14 @@ def test_kept_pictures_alone_tell_likeness() -> None:
     )
     assert figures.identical == pytest.approx(0.5)
     assert figures.acts == {"target": 1.0, "unrelated": 0.0, "nothing erased": 0.0}
+
+
+def test_shares_of_none_and_all_are_no_points() -> None:
+    figures = summarise(
+        [
+            [answer(Kind.TARGET, hit=False, text=f"target {i}") for i in range(10)]
+            + [answer(Kind.UNRELATED, hit=True, text=f"other {i}") for i in range(10)]
+        ]
+    )
+    assert figures.acc_e == wilson(0, 10)
+    assert figures.acc_s == wilson(10, 10)

@@ -133,6 +133,7 @@ class Attacked:
         targets: the label that each asks for.
         loudness: (n,)
         acts: whether the eraser does anything, (n,) of bool
+        share: of the way to random vectors, of an interpolation.
     """
 
     name: str
@@ -141,6 +142,7 @@ class Attacked:
     targets: tuple[str, ...]
     loudness: Tensor
     acts: Tensor
+    share: float | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -236,8 +238,8 @@ def attack_interpolation(
     for share in shares:
         step = share * moved[..., None]
         embeddings = tokens.embeddings + step * (towards - tokens.embeddings)
-        name = f"interpolation {share:g}"
-        results.append(_attacked(victim, name, repeated, embeddings, tokens.ends))
+        attacked = _attacked(victim, f"interpolation {share:g}", repeated, embeddings, tokens.ends)
+        results.append(replace(attacked, share=share))
     return results
 
 
@@ -322,7 +324,7 @@ def attack_gradient(
     """
     rng = random.Random(f"unhype gradient attack {seed}")
     search = _Search(victim, aims)
-    words = victim.model.vocabulary()[victim.pool.to(victim.model.vocabulary().device)]
+    words = search.table[victim.pool.to(search.table.device)]
     pool = victim.pool.tolist()
     best = []
     for index in range(len(aims)):
@@ -365,15 +367,16 @@ def attack_soft(
         ValueError: the loudness has no gradient.
     """
     rng = random.Random(f"unhype soft attack {seed}")
-    search, table = _Search(victim, aims), victim.model.vocabulary()
+    search = _Search(victim, aims)
+    table = search.table
     lengths = table[victim.pool.to(table.device)].norm(dim=1)
     pool = victim.pool.tolist()
     drafts = [
         search.inserted(index, [rng.choice(pool) for _ in range(free)])
         for index in range(len(aims))
     ]
-    ids, ends = search.padded(drafts, whole=True)
-    embeddings, length = table[ids.to(table.device)], int(ends.max()) + 1
+    embeddings, ends = search.embedded(drafts, whole=True)
+    length = int(ends.max()) + 1
     rows = torch.arange(len(aims))[:, None]
     places = torch.tensor([[place + 1 for place in draft.free] for draft in drafts])
     soft = embeddings[rows, places]
@@ -466,6 +469,11 @@ class _Search:
         ]
         return torch.tensor(rows), ends
 
+    def embedded(self, drafts: Sequence[Draft], *, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """The embeddings of ``padded``, (n, tokens, dim), and the ends (n,)."""
+        ids, ends = self.padded(drafts, whole=whole)
+        return self.table[ids.to(self.table.device)], ends
+
     @torch.no_grad()
     def listen(self, drafts: Sequence[Draft]) -> Tensor:
         """Loudness of each, (n,)."""
@@ -473,22 +481,21 @@ class _Search:
         heard = torch.empty(len(drafts))
         for start in range(0, len(order), AT_ONCE):
             chosen = order[start : start + AT_ONCE]
-            ids, ends = self.padded([drafts[index] for index in chosen])
-            text = self.victim.model.encode_embeddings(self.table[ids.to(self.table.device)], ends)
+            embeddings, ends = self.embedded([drafts[index] for index in chosen])
+            text = self.victim.model.encode_embeddings(embeddings, ends)
             heard[chosen] = self.victim.loudness(text.pooled).float().cpu()
         return heard
 
     @torch.no_grad()
     def noticed(self, draft: Draft) -> bool:
         """Whether the eraser does anything to it."""
-        ids, ends = self.padded([draft])
-        text = self.victim.model.encode_embeddings(self.table[ids.to(self.table.device)], ends)
+        text = self.victim.model.encode_embeddings(*self.embedded([draft]))
         return bool(self.victim.eraser.write(text.pooled).acts)
 
     def slope(self, draft: Draft) -> Tensor:
         """Gradient of the loudness with respect to the free words' embeddings, (free, dim)."""
-        ids, ends = self.padded([draft])
-        embeddings = self.table[ids.to(self.table.device)].requires_grad_()
+        embeddings, ends = self.embedded([draft])
+        embeddings.requires_grad_()
         with torch.enable_grad():
             text = self.victim.model.encode_embeddings(embeddings, ends)
             heard = _with_gradient(self.victim.loudness(text.pooled))
@@ -575,6 +582,7 @@ class AttackRate:
         base: without it, from the same prompts and noise.
         known: with the eraser, of those pictures that hold it without; none if there are none.
         silent: share of prompts on which the eraser does nothing.
+        share: as of ``Attacked``.
     """
 
     name: str
@@ -583,6 +591,7 @@ class AttackRate:
     base: float
     known: float | None
     silent: float
+    share: float | None = None
 
 
 @torch.no_grad()
@@ -631,4 +640,5 @@ def attack_rate(
         base.float().mean().item(),
         erased[base].float().mean().item() if base.any() else None,
         attacked.silent,
+        attacked.share,
     )

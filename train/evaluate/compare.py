@@ -7,7 +7,6 @@ processes under ``accelerate launch`` share the tasks.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate import PartialState
 
 from ..config import ConfigError
 from ..loop import Event
+from ..state import written_whole
 from .attacks import Aim, TokenModel, Victim, attack_interpolation, attack_rate
 from .base import Evaluator, Kind, PictureModel, Question, World
 from .erasers import Eraser, NoEraser
@@ -246,7 +246,6 @@ def _path(folder: Path, method: str, concepts: int, seed: int) -> Path:
 
 def write_cell(path: Path, cell: Cell) -> None:
     """Write a cell; it appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     questions = list(dict.fromkeys(answer.question for answer in cell.answers))
     place = {question: index for index, question in enumerate(questions)}
     plain = {
@@ -256,9 +255,8 @@ def write_cell(path: Path, cell: Cell) -> None:
             {**vars(answer), "question": place[answer.question]} for answer in cell.answers
         ],
     }
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain), encoding="utf-8")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(plain), encoding="utf-8")
 
 
 def read_cell(path: Path) -> Cell:

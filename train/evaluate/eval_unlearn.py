@@ -18,6 +18,7 @@ from unhype import checkpoint
 from unhype.checkpoint import from_plain
 from unhype.host.denoise import Denoiser
 
+from ..denoiser import check_family
 from .base import PictureModel
 from .erasers import Eraser, NoEraser, PackEraser
 from .evaluators import to_bytes
@@ -69,11 +70,7 @@ class UnHypeTechnique:
 
     def _load_pack(self) -> PackEraser:
         pack = checkpoint.load(Path(self.config.pack), self._model.device)
-        if pack.info.spec != self._model.family:
-            raise ValueError(
-                f"{pack.name} was trained for {pack.info.spec.title}, but {self.config.checkpoint} is "
-                f"{self._model.family.title}. Give {pack.info.base.name} or a model like it."
-            )
+        check_family(pack, self._model)
         return PackEraser(pack.only(self.config.concepts) if self.config.concepts else pack)
 
     def generate(

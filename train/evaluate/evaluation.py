@@ -6,11 +6,10 @@ import base64
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -23,14 +22,25 @@ from unhype.host.locate import has_accelerator
 from ..config import ConfigError
 from ..denoiser import check_family
 from ..loop import Event
+from ..state import written_whole
+from .attacks import (
+    Aim,
+    AttackRate,
+    TokenModel,
+    Victim,
+    attack_gradient,
+    attack_interpolation,
+    attack_prompts,
+    attack_random,
+    attack_rate,
+    attack_soft,
+    attack_spelling,
+)
 from .base import Evaluator, Kind, PictureModel, Question
 from .compare import FIRST_SEED, SEEDS_APART, Cell, read_cell, write_cell
 from .erasers import NoEraser, PackEraser
 from .exam import Answer, Drawn, Sheet, draw_sheet, mark
 from .suite import Assignment, SuiteError
-
-if TYPE_CHECKING:
-    from .attacks import TokenModel
 
 AT_ONCE = 64
 """Prompts whose pictures are in memory together."""
@@ -91,30 +101,13 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Attack:
-    """How an attack fared: shares of pictures that hold the erased thing, and of prompts on which the pack does nothing.
-
-    Attributes:
-        share: of the way to random words, of an interpolation.
-    """
-
-    name: str
-    pictures: int
-    erased: float
-    base: float
-    known: float | None
-    silent: float
-    share: float | None = None
-
-
-@dataclass(frozen=True)
 class Evaluation:
     """Everything that was seen."""
 
     seeds: tuple[int, ...]
     answers: tuple[Answer, ...]
     shown: tuple[Shown, ...]
-    attacks: tuple[Attack, ...]
+    attacks: tuple[AttackRate, ...]
 
 
 def evaluate(
@@ -149,7 +142,9 @@ def evaluate(
         for entry in json.loads(_pictures(cells, seed).read_text(encoding="utf-8"))
     ]
     rates = json.loads(_attacks(cells).read_text(encoding="utf-8")) if attacks else []
-    return Evaluation(seeds, tuple(answers), tuple(shown), tuple(Attack(**rate) for rate in rates))
+    return Evaluation(
+        seeds, tuple(answers), tuple(shown), tuple(AttackRate(**rate) for rate in rates)
+    )
 
 
 def choose_shown(questions: Sequence[Question]) -> list[int]:
@@ -182,8 +177,6 @@ def _check(subject: Subject, assignment: Assignment, *, attacks: bool) -> None:
 
 def _attackable(model: PictureModel) -> TokenModel:
     """The model as attacks use it."""
-    from .attacks import TokenModel
-
     if not isinstance(model, TokenModel):
         raise SuiteError(
             f"{model.fingerprint.name} gives no access to its tokens, which attacks need. Leave out --attacks."
@@ -254,48 +247,35 @@ def _thumbnail(picture: Tensor) -> str:
 
 def _attack(
     subject: Subject, assignment: Assignment, effort: Effort, report: Reporter
-) -> list[Attack]:
+) -> list[AttackRate]:
     """Every attack on a few of the prompts that name an erased thing."""
-    from .attacks import (
-        SHARES,
-        Aim,
-        Victim,
-        attack_gradient,
-        attack_interpolation,
-        attack_prompts,
-        attack_random,
-        attack_rate,
-        attack_soft,
-        attack_spelling,
-    )
-
     model, eraser = subject.model, PackEraser(subject.pack)
     named = [q for q in assignment.questions if q.kind is Kind.TARGET]
     step = max(1, len(named) // effort.aims)
     aims = [Aim(q.text, q.word, q.shows[0]) for q in named[::step][: effort.aims]]
     victim = Victim.of(_attackable(model), eraser)
     made = [
-        (None, lambda: [attack_prompts(victim, "none", aims)]),
-        (SHARES, lambda: attack_interpolation(victim, aims, shares=SHARES)),
-        (None, lambda: [attack_spelling(victim, aims)]),
-        (None, lambda: [attack_random(victim, aims, budget=effort.random_budget)]),
-        (None, lambda: [attack_gradient(victim, aims, steps=effort.gradient_steps)]),
-        (None, lambda: [attack_soft(victim, aims, steps=effort.soft_steps)]),
+        lambda: [attack_prompts(victim, "none", aims)],
+        lambda: attack_interpolation(victim, aims),
+        lambda: [attack_spelling(victim, aims)],
+        lambda: [attack_random(victim, aims, budget=effort.random_budget)],
+        lambda: [attack_gradient(victim, aims, steps=effort.gradient_steps)],
+        lambda: [attack_soft(victim, aims, steps=effort.soft_steps)],
     ]
     rates = []
-    for index, (shares, make) in enumerate(made):
+    for index, make in enumerate(made):
         report(Event("attacks", index, len(made)))
-        attacked = make()
-        for share, one in zip(shares or [None] * len(attacked), attacked, strict=True):
-            rate = attack_rate(
+        rates += [
+            attack_rate(
                 model,
                 eraser,
                 subject.evaluator,
-                one,
+                attacked,
                 assignment.sampling,
                 first_seed=FIRST_SEED + SEEDS_APART // 2,
             )
-            rates.append(Attack(**asdict(rate), share=share))
+            for attacked in make()
+        ]
     report(Event("attacks", len(made), len(made)))
     return rates
 
@@ -329,7 +309,5 @@ def _attacks(cells: Path) -> Path:
 
 def _write(path: Path, plain: object) -> None:
     """JSON that appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(plain), encoding="utf-8")
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(plain), encoding="utf-8")

@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
-import os
 import platform
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from .base import Kind, Sampling
+from ..state import written_whole
+from .attacks import AttackRate
+from .base import Kind, Question, Sampling
 from .compare import Row
-from .evaluation import Attack, Evaluation, Shown, Subject
+from .evaluation import Evaluation, Shown, Subject
 from .exam import KEPT, Answer
-from .scores import RESAMPLES, Interval, known_words, summarise
+from .scores import Interval, h_o, interval, known_words, of_known_words, rate, wilson
 from .suite import Assignment
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 TEMPLATES = Path(__file__).parent / "templates"
 VERSIONS = ("unhype", "torch", "accelerate", "kornia")
-NORMAL_95 = 1.96
 MEANING = {
     "h_o": "harmonic mean H_o",
     "acc_e": "erased name, recognised (Acc_e)",
@@ -44,6 +42,17 @@ MEANING = {
 }
 """The figures, in the order of the table."""
 UP = ("h_o", "acc_s", "acc_s_siblings", "scene_other")
+ASKED = {
+    "h_o": (Kind.TARGET, Kind.SYNONYM, Kind.UNRELATED),
+    "acc_e": (Kind.TARGET,),
+    "acc_g": (Kind.SYNONYM,),
+    "acc_s": (Kind.UNRELATED,),
+    "acc_s_siblings": (Kind.SIBLING,),
+    "long": (Kind.LONG,),
+    "scene_erased": (Kind.SCENE,),
+    "scene_other": (Kind.SCENE,),
+}
+"""The kinds of prompts that a figure is made of."""
 PANELS = {
     "h_o": "H_o",
     "acc_e": "Acc_e (lower is better)",
@@ -85,85 +94,27 @@ class Line:
 
 def lines(answers: Sequence[Answer]) -> list[Line]:
     """Every figure of an evaluation, with the pack and of the model's own pictures."""
-    found = {True: summarise([_as_base(answers)]), False: summarise([answers])}
-    words = known_words(answers)
-    known = [
-        a
-        for a in answers
-        if a.question.kind is not Kind.SYNONYM or (a.question.shows[0], a.question.word) in words
-    ]
-    reads: Mapping[
-        str, tuple[Kind | None, Callable[[Answer], bool | None], Callable[[Answer], bool | None]]
-    ]
-    hit, base_hit = (lambda a: a.hit), (lambda a: a.base_hit)
-    reads = {
-        "h_o": (None, hit, base_hit),
-        "acc_e": (Kind.TARGET, hit, base_hit),
-        "acc_g": (Kind.SYNONYM, hit, base_hit),
-        "acc_s": (Kind.UNRELATED, hit, base_hit),
-        "acc_s_siblings": (Kind.SIBLING, hit, base_hit),
-        "long": (Kind.LONG, hit, base_hit),
-        "scene_erased": (Kind.SCENE, hit, base_hit),
-        "scene_other": (Kind.SCENE, lambda a: a.other, lambda a: a.base_other),
-    }
+    known = of_known_words(answers)
     made = []
-    for key, (kind, read, read_base) in reads.items():
-        own = [a for a in known if kind is None or a.question.kind is kind]
-        if kind is None:
-            own = [a for a in own if a.question.kind in (Kind.TARGET, Kind.SYNONYM, Kind.UNRELATED)]
-            values = found[False].h_o, found[True].h_o
+    for key, label in MEANING.items():
+        own = [a for a in known if a.question.kind in ASKED[key]]
+        if key == "h_o":
+            value, base = h_o(known), h_o(_as_base(known))
         else:
-            values = rate(own, read), rate(own, read_base)
+            read = _other if key == "scene_other" else _hit
+            value, base = rate(own, read), rate(_as_base(own), read)
         prompts = len({a.question for a in own})
         better = "up" if key in UP else "down"
-        made.append(Line(key, MEANING[key], better, *values, prompts, len(own)))
+        made.append(Line(key, label, better, value, base, prompts, len(own)))
     return made
 
 
-def interval(answers: Sequence[Answer], read: Callable[[Answer], float | None]) -> Interval | None:
-    """The mean of something, with a 95 % bootstrap interval over prompts; of a single prompt over its pictures."""
-    prompts: dict[object, list[float]] = {}
-    for answer in answers:
-        value = read(answer)
-        if value is not None:
-            prompts.setdefault(answer.question, []).append(float(value))
-    groups = list(prompts.values())
-    if len(groups) == 1:
-        groups = [[value] for value in groups[0]]
-    if not groups:
-        return None
-    rng = random.Random("unhype interval")
-    drawn = []
-    for _ in range(RESAMPLES):
-        chosen = rng.choices(groups, k=len(groups))
-        drawn.append(sum(map(sum, chosen)) / sum(map(len, chosen)))
-    drawn.sort()
-    last = len(drawn) - 1
-    value = sum(map(sum, groups)) / sum(map(len, groups))
-    return Interval(value, drawn[int(0.025 * last)], drawn[math.ceil(0.975 * last)])
+def _hit(answer: Answer) -> bool:
+    return answer.hit
 
 
-def rate(answers: Sequence[Answer], read: Callable[[Answer], bool | None]) -> Interval | None:
-    """``interval`` of a share; of 0 or 1, where drawing anew changes nothing, Wilson's with prompts for trials."""
-    found = interval(answers, read)
-    if found is None or 0 < found.value < 1:
-        return found
-    prompts = len({a.question for a in answers if read(a) is not None})
-    return wilson(round(found.value) * prompts, prompts)
-
-
-def wilson(successes: int, total: int) -> Interval | None:
-    """A share with its 95 % Wilson score interval, which is no point even at 0 or 1; none of nothing."""
-    if not total:
-        return None
-    share, z = successes / total, NORMAL_95
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    spread = (
-        z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
-    )
-    return Interval(
-        share, min(share, max(0.0, middle - spread)), max(share, min(1.0, middle + spread))
-    )
+def _other(answer: Answer) -> bool | None:
+    return answer.other
 
 
 def fires(answers: Sequence[Answer], kinds: Iterable[Kind]) -> Interval | None:
@@ -201,7 +152,8 @@ def words(answers: Sequence[Answer]) -> list[dict[str, Any]]:
             key = (question.kind, question.shows[0], question.word)
             groups.setdefault(key, []).append(answer)
     rows = []
-    for (kind, label, word), own in groups.items():
+    order = list(Kind)
+    for (kind, label, word), own in sorted(groups.items(), key=lambda row: order.index(row[0][0])):
         left_out = kind is Kind.SYNONYM and (label, word) not in known
         rows.append(
             {
@@ -215,8 +167,7 @@ def words(answers: Sequence[Answer]) -> list[dict[str, Any]]:
                 "left_out": left_out,
             }
         )
-    order = list(Kind)
-    return sorted(rows, key=lambda row: order.index(Kind(row["kind"])))
+    return rows
 
 
 def describe(subject: Subject, assignment: Assignment, evaluation: Evaluation) -> dict[str, Any]:
@@ -304,24 +255,20 @@ def write_evaluation(folder: Path, report: Mapping[str, Any], evaluation: Evalua
 
 def grid(shown: Sequence[Shown]) -> list[dict[str, Any]]:
     """Pictures of the same prompt in one row, in the order of kinds."""
-    rows: dict[object, dict[str, Any]] = {}
-    for one in shown:
-        question = one.question
-        row = rows.setdefault(
-            question,
-            {
-                "text": question.text,
-                "kind": question.kind,
-                "acts": one.acts,
-                "before": [],
-                "after": [],
-            },
-        )
-        row["before"].append(one.before)
-        row["after"].append(one.after)
     order = list(Kind)
-    sorted_rows = sorted(rows.values(), key=lambda row: order.index(row["kind"]))
-    return [{**row, "kind": row["kind"].value} for row in sorted_rows]
+    rows: dict[Question, list[Shown]] = {}
+    for one in sorted(shown, key=lambda one: order.index(one.question.kind)):
+        rows.setdefault(one.question, []).append(one)
+    return [
+        {
+            "text": question.text,
+            "kind": question.kind.value,
+            "acts": own[0].acts,
+            "before": [one.before for one in own],
+            "after": [one.after for one in own],
+        }
+        for question, own in rows.items()
+    ]
 
 
 def write_comparison(folder: Path, rows: Sequence[Row], *, world: str, sampling: Sampling) -> None:
@@ -431,7 +378,7 @@ def roc_chart(curve: Mapping[str, Sequence[float]], threshold: float) -> bytes:
     return _png(figure)
 
 
-def interpolation_chart(attacks: Sequence[Attack]) -> bytes:
+def interpolation_chart(attacks: Sequence[AttackRate]) -> bytes:
     """How often the erased thing is drawn as its word moves towards random words; PNG."""
     start = [replace(a, share=0.0) for a in attacks if a.name == "none"]
     own = [*start, *(a for a in attacks if a.share is not None)]
@@ -530,7 +477,5 @@ def _json(plain: object) -> str:
 
 def _save(path: Path, content: str | bytes) -> None:
     """Write a file; it appears only when whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from .base import Kind
+from .base import Kind, Question
 from .exam import KEPT, Answer
 from .metrics import ErasureScores, hit_rate
 
 DRAWN = 0.5
 """A held-out word counts as known to the model when it draws it right at least this often."""
 RESAMPLES = 1000
+NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,78 @@ class Interval:
     low: float
     high: float
 
+    @staticmethod
+    def of(value: float, drawn: Iterable[float]) -> Interval:
+        """Where the middle 95 % of the same figure, drawn anew many times, lie."""
+        ordered = sorted(drawn)
+        return Interval(
+            value, ordered[int(0.025 * len(ordered))], ordered[int(0.975 * len(ordered))]
+        )
+
+
+def interval(answers: Iterable[Answer], read: Callable[[Answer], float | None]) -> Interval | None:
+    """The mean of something, with a 95 % bootstrap interval over prompts; of a single prompt over its pictures."""
+    return _interval(_by_prompt(answers, read))
+
+
+def rate(answers: Iterable[Answer], read: Callable[[Answer], bool | None]) -> Interval | None:
+    """``interval`` of a share; of 0 or 1, where drawing anew changes nothing, Wilson's with prompts for trials."""
+    return _rate(_by_prompt(answers, read))
+
+
+def wilson(successes: int, total: int) -> Interval | None:
+    """A share with its 95 % Wilson score interval, which is no point even at 0 or 1; none of nothing."""
+    if not total:
+        return None
+    share, z = successes / total, NORMAL_95
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    spread = (
+        z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total**2))
+    )
+    return Interval(
+        share, min(share, max(0.0, middle - spread)), max(share, min(1.0, middle + spread))
+    )
+
+
+Groups = Sequence[Sequence[float]]
+"""What the pictures of each prompt gave."""
+
+
+def _by_prompt(
+    answers: Iterable[Answer], read: Callable[[Answer], float | None]
+) -> list[list[float]]:
+    prompts: dict[Question, list[float]] = {}
+    for answer in answers:
+        value = read(answer)
+        if value is not None:
+            prompts.setdefault(answer.question, []).append(float(value))
+    return list(prompts.values())
+
+
+def _interval(prompts: Groups) -> Interval | None:
+    if not prompts:
+        return None
+    rng = random.Random("unhype interval")
+    return Interval.of(_mean(prompts), [_mean_anew(prompts, rng) for _ in range(RESAMPLES)])
+
+
+def _rate(prompts: Groups) -> Interval | None:
+    found = _interval(prompts)
+    if found is None or 0 < found.value < 1:
+        return found
+    return wilson(round(found.value) * len(prompts), len(prompts))
+
+
+def _mean(prompts: Groups) -> float:
+    return sum(map(sum, prompts)) / sum(map(len, prompts))
+
+
+def _mean_anew(prompts: Groups, rng: random.Random) -> float:
+    """The mean over as many prompts drawn with replacement; of a single prompt, its pictures are drawn."""
+    if len(prompts) == 1:
+        prompts = [[value] for value in prompts[0]]
+    return _mean(rng.choices(prompts, k=len(prompts)))
+
 
 @dataclass(frozen=True)
 class Figures:
@@ -31,7 +105,7 @@ class Figures:
 
     Attributes:
         erased, base: the scores with the eraser, and of the model's own pictures.
-        h_o: with its bootstrap interval over prompts.
+        h_o, acc_e, acc_s, acc_g, acc_s_siblings: with the eraser, with their intervals.
         long: prompts that name the erased thing among many words.
         scene_erased, scene_other: how often a scene holds the erased thing, and the other one.
         acts: share of prompts of each kind that the eraser touches.
@@ -70,20 +144,27 @@ def known_words(answers: Iterable[Answer]) -> set[tuple[str, str]]:
     return {key for key, hits in words.items() if fmean(hits) >= DRAWN}
 
 
+def of_known_words(answers: Sequence[Answer]) -> list[Answer]:
+    """All answers but those to held-out words that the model itself does not draw."""
+    words = known_words(answers)
+    return [
+        a
+        for a in answers
+        if a.question.kind is not Kind.SYNONYM or (a.question.shows[0], a.question.word) in words
+    ]
+
+
 def score(answers: Sequence[Answer], *, base: bool = False) -> ErasureScores:
     """Acc_e, Acc_g (over words the model knows), Acc_s, and Acc_s of siblings."""
-    words = known_words(answers)
-
-    def rate(kind: Kind) -> float | None:
-        return hit_rate(
-            [
-                a.base_hit if base else a.hit
-                for a in answers
-                if a.question.kind is kind
-                and (kind is not Kind.SYNONYM or (a.question.shows[0], a.question.word) in words)
-            ]
+    known = of_known_words(answers)
+    return _scores(
+        lambda kind: hit_rate(
+            [a.base_hit if base else a.hit for a in known if a.question.kind is kind]
         )
+    )
 
+
+def _scores(rate: Callable[[Kind], float | None]) -> ErasureScores:
     return ErasureScores(
         acc_e=rate(Kind.TARGET) or 0.0,
         acc_s=rate(Kind.UNRELATED) or 0.0,
@@ -92,45 +173,29 @@ def score(answers: Sequence[Answer], *, base: bool = False) -> ErasureScores:
     )
 
 
-def summarise(runs: Sequence[Sequence[Answer]], *, seed: int = 0) -> Figures:
+def summarise(runs: Sequence[Sequence[Answer]]) -> Figures:
     """Figures over several runs, pictures of all runs counting alike.
 
     Args:
         runs: answers of each run; a held-out word is known or not within its run.
     """
     pooled = [answer for run in runs for answer in run]
-    erased, base = _pooled_score(runs), _pooled_score(runs, base=True)
-    resampled = _bootstrap(runs, random.Random(f"unhype bootstrap {seed}"))
-
-    def interval(read: Callable[[ErasureScores], float | None]) -> Interval | None:
-        value = read(erased)
-        drawn = sorted(v for v in map(read, resampled) if v is not None)
-        if value is None or not drawn:
-            return None
-        return Interval(
-            value,
-            drawn[int(0.025 * len(drawn))],
-            drawn[min(int(0.975 * len(drawn)), len(drawn) - 1)],
-        )
-
-    def required(read: Callable[[ErasureScores], float | None]) -> Interval:
-        found = interval(read)
-        if found is None:
-            raise ValueError("There is nothing to score: the runs hold no answers.")
-        return found
+    known = [answer for run in runs for answer in of_known_words(run)]
+    prompts = _prompts(runs)
+    nothing = Interval(0.0, 0.0, 0.0)
 
     def share(kind: Kind, read: Callable[[Answer], bool | None]) -> float | None:
         return hit_rate([bool(read(a)) for a in pooled if a.question.kind is kind])
 
     kept = [a for a in pooled if a.question.kind in KEPT]
     return Figures(
-        erased,
-        base,
-        h_o=required(lambda s: s.h_o),
-        acc_e=required(lambda s: s.acc_e),
-        acc_s=required(lambda s: s.acc_s),
-        acc_g=interval(lambda s: s.acc_g),
-        acc_s_siblings=interval(lambda s: s.acc_s_siblings),
+        score(known),
+        score(known, base=True),
+        h_o=_h_o(prompts),
+        acc_e=_rate(prompts[Kind.TARGET]) or nothing,
+        acc_s=_rate(prompts[Kind.UNRELATED]) or nothing,
+        acc_g=_rate(prompts[Kind.SYNONYM]),
+        acc_s_siblings=_rate(prompts[Kind.SIBLING]),
         long=share(Kind.LONG, lambda a: a.hit),
         base_long=share(Kind.LONG, lambda a: a.base_hit),
         scene_erased=share(Kind.SCENE, lambda a: a.hit),
@@ -148,46 +213,30 @@ def summarise(runs: Sequence[Sequence[Answer]], *, seed: int = 0) -> Figures:
     )
 
 
-def _pooled_score(runs: Sequence[Sequence[Answer]], *, base: bool = False) -> ErasureScores:
-    """Scores over all runs, with each run's own known words."""
-    return score([a for run in runs for a in _without_unknown(run)], base=base)
+def h_o(answers: Sequence[Answer]) -> Interval:
+    """H_o of one run."""
+    return _h_o(_prompts([answers]))
 
 
-def _without_unknown(run: Sequence[Answer]) -> list[Answer]:
-    words = known_words(run)
-    return [
-        a
-        for a in run
-        if a.question.kind is not Kind.SYNONYM or (a.question.shows[0], a.question.word) in words
-    ]
+def _h_o(prompts: Mapping[Kind, Groups]) -> Interval:
+    """Every kind's prompts, pictures and all, are drawn anew; which words are known stays."""
+    rng = random.Random("unhype bootstrap 0")
+
+    def scores(mean: Callable[[Groups], float]) -> ErasureScores:
+        return _scores(lambda kind: mean(prompts[kind]) if prompts[kind] else None)
+
+    drawn = [scores(lambda groups: _mean_anew(groups, rng)).h_o for _ in range(RESAMPLES)]
+    return Interval.of(scores(_mean).h_o, drawn)
 
 
-def _bootstrap(runs: Sequence[Sequence[Answer]], rng: random.Random) -> list[ErasureScores]:
-    """Scores when every kind's prompts, pictures and all, are drawn anew with replacement; which words are known stays."""
-    groups: dict[Kind, list[list[bool]]] = {}
-    for run in runs:
-        prompts: dict[tuple[Kind, str], list[bool]] = {}
-        for answer in _without_unknown(run):
-            key = (answer.question.kind, answer.question.text)
-            prompts.setdefault(key, []).append(answer.hit)
-        for (kind, _), hits in prompts.items():
-            groups.setdefault(kind, []).append(hits)
-
-    def rate(kind: Kind) -> float | None:
-        prompts = groups.get(kind)
-        if not prompts:
-            return None
-        if len(prompts) == 1:  # the interval is then over its pictures
-            prompts = [[hit] for hit in prompts[0]]
-        drawn = rng.choices(prompts, k=len(prompts))
-        return sum(map(sum, drawn)) / sum(map(len, drawn))
-
-    return [
-        ErasureScores(
-            acc_e=rate(Kind.TARGET) or 0.0,
-            acc_s=rate(Kind.UNRELATED) or 0.0,
-            acc_g=rate(Kind.SYNONYM),
-            acc_s_siblings=rate(Kind.SIBLING),
-        )
-        for _ in range(RESAMPLES)
-    ]
+def _prompts(runs: Sequence[Sequence[Answer]]) -> dict[Kind, Groups]:
+    """The hits of each prompt of each kind; the same prompt in another run is another."""
+    known = [of_known_words(run) for run in runs]
+    return {
+        kind: [
+            hits
+            for run in known
+            for hits in _by_prompt([a for a in run if a.question.kind is kind], lambda a: a.hit)
+        ]
+        for kind in Kind
+    }

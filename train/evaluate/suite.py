@@ -26,7 +26,6 @@ from pydantic import (
 from unhype.checkpoint import PackInfo
 
 from ..config import (
-    EXPECTED,
     STRICT,
     ConfigError,
     Count,
@@ -36,8 +35,9 @@ from ..config import (
     Phrases,
     Positive,
     Source,
-    _refuse_repeated_keys,
-    _to_tuple,
+    explain,
+    refuse_repeated_keys,
+    to_tuple,
 )
 from ..phrases import forms, mentions, normal
 from ..prompts import fill
@@ -144,8 +144,8 @@ def _has_slots(count: int) -> AfterValidator:
 
 
 Template = Annotated[Line, _has_slots(1)]
-Templates = Annotated[tuple[Template, ...], BeforeValidator(_to_tuple)]
-SceneTemplates = Annotated[tuple[Annotated[Line, _has_slots(2)], ...], BeforeValidator(_to_tuple)]
+Templates = Annotated[tuple[Template, ...], BeforeValidator(to_tuple)]
+SceneTemplates = Annotated[tuple[Annotated[Line, _has_slots(2)], ...], BeforeValidator(to_tuple)]
 
 
 class SamplingConfig(BaseModel):
@@ -357,13 +357,11 @@ def load_suite(path: Path) -> Suite:
         raise SuiteError(f"{path} cannot be read as YAML: {reason}.") from error
     if not isinstance(data, dict):
         raise SuiteError(f"{path} holds no keys. Known: {', '.join(Suite.model_fields)}.")
-    _refuse_repeated_keys(tree, path)
+    refuse_repeated_keys(tree, path)
     try:
         return Suite.model_validate(data)
     except ValidationError as error:
-        source = Source(path, tree)
-        found = [_sentence(detail, source) for detail in error.errors(include_url=False)]
-        raise SuiteError("\n".join(dict.fromkeys(found))) from error
+        raise SuiteError(explain(error, Source(path, tree), Suite, "suite")) from error
 
 
 def ask_world(world: World, info: PackInfo, seeds: int) -> Assignment:
@@ -387,24 +385,3 @@ def ask_world(world: World, info: PackInfo, seeds: int) -> Assignment:
     plain = [q.text for q in asked if q.kind is Kind.PLAIN]
     found |= {text: other for text in plain if (other := seen.text(text)) is not None}
     return Assignment(world.name, asked, labels, world.sampling, seeds, found, seen.recorded)
-
-
-def _sentence(detail: Mapping[str, Any], source: Source) -> str:
-    """One problem that the schema found, as a sentence."""
-    location, kind, context = detail["loc"], detail["type"], detail.get("ctx") or {}
-    key, place = ".".join(map(str, location)), source.place(location)
-    if kind == "extra_forbidden":
-        return f"Unknown key {key!r}{place}. Known: {', '.join(_known(location))}."
-    if kind == "missing":
-        return f"Key {key!r} is missing{source.place(location[:-1])}. Known: {', '.join(_known(location))}."
-    if kind == "value_error":
-        return f"{key or 'The suite'}{place}: {context.get('error', detail['msg'])}."
-    expected = EXPECTED.get(kind, str(detail["msg"])).format(**context)
-    return f"{key}{place} is {detail.get('input')!r}, expected {expected}."
-
-
-def _known(location: Sequence[str | int]) -> Iterable[str]:
-    """The keys that may stand where an error is."""
-    sections: dict[str | int, type[BaseModel]] = {"things": ThingConfig, "sampling": SamplingConfig}
-    section = sections.get(location[0], Suite) if len(location) > 1 else Suite
-    return section.model_fields

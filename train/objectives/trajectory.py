@@ -69,7 +69,7 @@ class Trajectory:
         """Add the gradient for target prompts."""
         batch = draw(self.material.forget, batch_size, generator)
         s = torch.randint(self.num_steps, (batch_size,), generator=generator)
-        erase = matching = weighted = 0.0
+        erase = matching = 0.0
         for part, share in cut(batch_size, parts):
             rows, at = batch.part(part), s[part]
             # Made apart: the gradient of what is the same at both then cancels to the last bit. Adam would enlarge a rest.
@@ -79,11 +79,10 @@ class Trajectory:
             loss = self.config.remove_weight * squared
             erase += share * task
             matching += share * float(squared.detach())
-            weighted += share * float(loss.detach())
             if self._is_joint:
                 loss = loss + (now * g).sum(dim=1).mean()  # has the gradient of L_task(H(c, s))
             (share * loss).backward()
-        value = weighted + erase if self._is_joint else weighted
+        value = self.config.remove_weight * matching + (erase if self._is_joint else 0.0)
         return {"loss": value, "erase": erase, "matching": matching}
 
     def retain(

@@ -23,9 +23,9 @@ from ..checkpoint import BaseFingerprint
 from ..families import FAMILIES, Branch, FamilySpec, family_of_host_class
 from ..lora import LoRAFactors, TargetModule
 from .bypass import Site, adapted, find_sites, find_targets
+from .clip_l import READER
 from .euler import draw_noise, euler, guide, keep, on_first
 from .locate import find_comfyui, use_as_library
-from .tap import READER
 from .text import TextBatch, TextEncoder, Tokens
 
 if TYPE_CHECKING:

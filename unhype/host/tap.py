@@ -13,12 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .clip_l import READER, final_states, find_reader, has_known_form, listening
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -31,8 +32,6 @@ CHUNKS = "unhype_chunks"
 """Of the 77 tokens that each of the vectors belongs to, in the same place."""
 WHOLE = -1
 """Among the numbers of the 77 tokens: what belongs to none of CLIP-L's, or to several."""
-READER = "clip_l"
-"""The host's name of the text model whose states are read."""
 SKETCH = 1024
 SMALLEST_SHARE = 0.05
 """Of what may be left out of a mixture."""
@@ -119,7 +118,7 @@ class Tap:
     def encode_token_weights(self, tokens: Mapping[str, WeightedTokens]) -> tuple[Any, ...]:
         """The host's states and pooled output, with what was read among the extras that go into the conditioning."""
         own, reader = tokens["l"], getattr(self._stage, READER)
-        with _listening(reader.transformer) as states:
+        with listening(reader) as states:
             cond, pooled, *extras = self._stage.encode_token_weights(tokens)
         vectors = [batch[: len(own)] for batch in states]
         chunks = [*range(len(own))] * len(states)
@@ -142,12 +141,12 @@ class Tap:
         whole = {_ids(run.tokens): run for run in runs if not run.window}
         short = {_ids(run.tokens): run for run in runs if run.window}
         short = {key: run for key, run in short.items() if key not in whole}
-        if not _has_known_form(reader):
+        if not has_known_form(reader):
             whole, short = {**whole, **short}, {}
         read: dict[tuple[Any, ...], Tensor] = {}
         if whole:
             chunks = [[(token, 1.0) for token in run.padded(mine)] for run in whole.values()]
-            with _listening(reader.transformer) as states:
+            with listening(reader) as states:
                 reader.encode_token_weights(chunks)
             read.update(zip(whole, states[0][: len(whole)], strict=True))
         for size in {len(run.tokens) for run in short.values()}:
@@ -155,7 +154,7 @@ class Tap:
             for start in range(0, len(keys), MOST_AT_ONCE):
                 some = keys[start : start + MOST_AT_ONCE]
                 rows = [(mine.start_token, *short[key].tokens, mine.end_token) for key in some]
-                read.update(zip(some, _last_states(reader, rows), strict=True))
+                read.update(zip(some, _ends(reader, rows), strict=True))
         return read
 
     def _further(self, tokens: Mapping[str, WeightedTokens]) -> list[Run]:
@@ -227,11 +226,7 @@ def tap(clip: CLIP, *, remember: bool = True) -> CLIP:
     stage: Any = clip.cond_stage_model
     if isinstance(stage, Tap):
         return clip
-    if getattr(stage, READER, None) is None:
-        raise ValueError(
-            f"The connected CLIP ({type(stage).__name__}) has no CLIP-L, which reads the prompts for the hypernetwork. "
-            "Connect the CLIP of a full checkpoint, or load clip_l with the other text encoders."
-        )
+    find_reader(clip)
     clip = clip.clone()
     tapped = Tap(stage, clip.tokenizer, clip.patcher.patches_uuid, LEDGER if remember else None)
     clip.cond_stage_model = tapped  # pyright: ignore[reportAttributeAccessIssue]
@@ -331,41 +326,11 @@ def _one_after_another(parts: Sequence[Heard]) -> Heard:
     return Heard(torch.cat([heard.vectors for heard in parts]), tuple(chunks))
 
 
-@contextmanager
-def _listening(transformer: torch.nn.Module) -> Iterator[list[Tensor]]:
-    """Collect the unprojected pooled states, (batch, 768), of every call inside the block."""
-    heard: list[Tensor] = []
-    handle = transformer.register_forward_hook(
-        lambda _module, _inputs, output: heard.append(output[3])
-    )
-    try:
-        yield heard
-    finally:
-        handle.remove()
-
-
-def _has_known_form(reader: Any) -> bool:
-    """Whether CLIP-L has the parts that ``_last_states`` calls."""
-    model = getattr(reader.transformer, "text_model", None)
-    known = hasattr(getattr(model, "embeddings", None), "position_embedding")
-    parts = all(hasattr(model, part) for part in ("encoder", "final_layer_norm"))
-    return known and parts and not reader.enable_attention_masks
-
-
-def _last_states(reader: Any, rows: Sequence[Sequence[Any]]) -> Tensor:
-    """CLIP-L's states at the ends of rows of tokens, all as long, (rows, 768).
-
-    The host always runs 77 tokens. CLIP is causal, so what follows the end never reaches its state: these run at their length.
-    """
-    model = reader.transformer.text_model
+def _ends(reader: Any, rows: Sequence[Sequence[Any]]) -> Tensor:
+    """CLIP-L's states at the ends of rows of tokens, all as long, (rows, 768)."""
     device = reader.transformer.get_input_embeddings().weight.device
-    states = reader.process_tokens([list(row) for row in rows], device)[0]
-    length = states.shape[1]
-    states = states + model.embeddings.position_embedding.weight[:length].to(states)
-    lowest = torch.finfo(states.dtype).min
-    mask = torch.full((length, length), lowest, dtype=states.dtype, device=device).triu_(1)
-    states, _ = model.encoder(states, mask=mask)
-    return model.final_layer_norm(states)[:, -1]
+    embeddings = reader.process_tokens([list(row) for row in rows], device)[0]
+    return final_states(reader, embeddings)[0][:, -1]
 
 
 def _ids(tokens: Sequence[Any]) -> tuple[Any, ...]:

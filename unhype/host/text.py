@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .tap import READER, VECTORS, tap
+from .clip_l import READER, final_states, find_reader, has_known_form, listening
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -102,8 +101,7 @@ class TextEncoder:
     def __init__(self, clip: CLIP) -> None:
         self.clip = clip
         self.stage: Any = clip.cond_stage_model
-        self._tapped: Any = tap(clip).cond_stage_model
-        self.reader: Any = getattr(self.stage, READER)
+        self.reader: Any = find_reader(clip)
         self.end: int = self.reader.special_tokens["end"]
         self._longest = {name: len(chunks[0]) for name, chunks in clip.tokenize("").items()}
 
@@ -121,9 +119,10 @@ class TextEncoder:
             return TextBatch(cross, pooled, pooled)
         cross, pooled, host_pooled = [], [], []
         for prompt in prompts:
-            states, vector, extras = self._tapped.encode_token_weights(prompt.tokens)
+            with listening(self.reader) as heard:
+                states, vector, *_ = self.stage.encode_token_weights(prompt.tokens)
             cross.append(states)
-            pooled.append(extras[VECTORS][:1])
+            pooled.append(heard[0][:1].float())
             host_pooled.append(vector)
         batch = TextBatch(torch.cat(cross), torch.cat(pooled), torch.cat(host_pooled))
         return batch.to(self.clip.patcher.load_device)
@@ -139,7 +138,7 @@ class TextEncoder:
         """
         prompts = self._tokenize(texts)
         self._ready()
-        if not self._has_known_form():
+        if not has_known_form(self.reader):
             parts = [
                 self.embed(texts[start : start + POOLED_BATCH]).pooled
                 for start in range(0, len(texts), POOLED_BATCH)
@@ -195,9 +194,8 @@ class TextEncoder:
         self._ready()
         device = self._token_embedding().weight.device
         embeddings = embeddings.to(device)
-        last, inner = self._states(
-            embeddings, None if self.reader.layer == "last" else self.reader.layer_idx
-        )
+        layer = None if self.reader.layer == "last" else self.reader.layer_idx
+        last, inner = final_states(self.reader, embeddings, layer)
         pooled = last[torch.arange(len(last), device=device), ends.to(device)]
         return TextBatch(last if inner is None else inner, pooled, pooled)
 
@@ -228,31 +226,16 @@ class TextEncoder:
         """Final states at ``ends``, (batch, dim), of tokens (batch, length)."""
         embedding = self._token_embedding()
         device = embedding.weight.device
-        states, _ = self._states(embedding(tokens.to(device), out_dtype=torch.float32), None)
+        embeddings = embedding(tokens.to(device), out_dtype=torch.float32)
+        states, _ = final_states(self.reader, embeddings)
         return states[torch.arange(len(states), device=device), ends.to(device)]
-
-    def _states(self, embeddings: Tensor, layer: int | None) -> tuple[Tensor, Tensor | None]:
-        """Final states (batch, tokens, dim) of token embeddings, and those of another layer if one is asked for."""
-        model, length, device = (
-            self.reader.transformer.text_model,
-            embeddings.shape[1],
-            embeddings.device,
-        )
-        states = embeddings.float() + model.embeddings.position_embedding.weight[:length].float()
-        lowest = torch.finfo(states.dtype).min
-        mask = torch.full((length, length), lowest, device=device).triu_(1)
-        with _inputs_kept(model.encoder):
-            states, inner = model.encoder(states, mask=mask, intermediate_output=layer)
-        if inner is not None and self.reader.layer_norm_hidden_state:
-            inner = model.final_layer_norm(inner)
-        return model.final_layer_norm(states), inner
 
     def _token_embedding(self) -> Any:
         return self.reader.transformer.text_model.embeddings.token_embedding
 
     def _check_alone(self) -> None:
         """Refuse models that read a prompt with more than CLIP-L: its token embeddings are not all of the prompt."""
-        if not (self._reads_alone() and self._has_known_form()):
+        if not (self._reads_alone() and has_known_form(self.reader)):
             raise ValueError(
                 f"This model reads prompts with the text encoders {', '.join(self._longest)}; prompts can be encoded from "
                 "token embeddings only where CLIP-L is the only one. Give a Stable Diffusion 1.x checkpoint."
@@ -262,17 +245,6 @@ class TextEncoder:
         """Whether CLIP-L is the only text encoder, and pools what the hypernetwork reads."""
         only = getattr(self.stage, "clip", None) == READER
         return only and not self.reader.return_projected_pooled
-
-    def _has_known_form(self) -> bool:
-        """Whether CLIP-L has the parts that ``_run`` calls."""
-        model = getattr(self.reader.transformer, "text_model", None)
-        embeddings = getattr(model, "embeddings", None)
-        parts = ("token_embedding", "position_embedding")
-        return (
-            all(hasattr(embeddings, part) for part in parts)
-            and all(hasattr(model, part) for part in ("encoder", "final_layer_norm"))
-            and not self.reader.enable_attention_masks
-        )
 
     def _tokenize(self, texts: Sequence[str]) -> list[Prompt]:
         prompts = []
@@ -296,20 +268,3 @@ class TextEncoder:
     def _ready(self) -> None:
         self.stage.reset_clip_options()
         self.clip.load_model()
-
-
-@contextmanager
-def _inputs_kept(encoder: nn.Module) -> Iterator[None]:
-    """Give norms a copy of their input inside the block, where a gradient is wanted: the host's code overwrites it."""
-    hooks = []
-    if torch.is_grad_enabled():
-        hooks = [
-            layer.register_forward_pre_hook(lambda _, args: (args[0].clone(), *args[1:]))
-            for layer in encoder.modules()
-            if isinstance(layer, nn.LayerNorm)
-        ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
