@@ -120,7 +120,12 @@ class ConceptConfig(BaseModel):
 
 
 class NetworkConfig(BaseModel):
-    """The hypernetwork; ``rank`` is the number of atoms a layer has, or the rank of a head."""
+    """The hypernetwork.
+
+    Attributes:
+        rank: number of atoms a layer has, rank of a head, or rank of a concept's edit.
+        directions: into which all edits together move what the layers read, at most.
+    """
 
     model_config = STRICT
 
@@ -128,6 +133,14 @@ class NetworkConfig(BaseModel):
     rank: Count = 16
     hidden_dim: Count = 128
     num_steps: Count = 300
+    directions: Count = 64
+
+    @model_serializer(mode="wrap")
+    def _used_settings(self, serialize: SerializerFunctionWrapHandler) -> dict[str, object]:
+        edits = self.architecture is Architecture.EDITS
+        return {
+            key: value for key, value in serialize(self).items() if edits or key != "directions"
+        }
 
 
 class GateConfig(BaseModel):
@@ -137,6 +150,7 @@ class GateConfig(BaseModel):
         num_positives: prompts with a target phrase, over all concepts.
         num_negatives: prompts without one.
         long_share: share of prompts that stand among whole captions.
+        scatter_share: share of prompts with ordinary words between their own.
         noise: standard deviation of the noise on standardized embeddings.
         virtual_negatives: share of negatives that are moved part of the way to a positive.
         adversarial: how far positives are moved to where the gate sees them least, in standardized embeddings.
@@ -155,6 +169,7 @@ class GateConfig(BaseModel):
     num_positives: Annotated[int, Field(ge=10)] = 600
     num_negatives: Annotated[int, Field(ge=10)] = 2000
     long_share: Share = 0.2
+    scatter_share: Share = 0.0
     noise: Number = 1.0
     virtual_negatives: Share = 0.0
     adversarial: Number = 0.0
@@ -230,6 +245,8 @@ class ObjectiveName(Enum):
     """As the authors' code: the task loss, and steps that match its gradient."""
     MATCHING = "matching"
     """As the paper's text: steps that match the gradient of the task loss, alone."""
+    CLOSED_FORM = "closed-form"
+    """Solve for an edit of the text's states a concept, without pictures or steps; for models that read the text by cross-attention."""
 
 
 Eta = Annotated[float | Literal["auto"], PlainValidator(_to_eta)]
@@ -244,15 +261,40 @@ OBJECTIVE_SETTINGS: Mapping[str, frozenset[ObjectiveName]] = {
     "separate_retention": frozenset({ObjectiveName.JOINT}),
     "retain_steps": frozenset({ObjectiveName.JOINT}),
     "retain_lr": frozenset({ObjectiveName.JOINT}),
+    "sentences": frozenset({ObjectiveName.CLOSED_FORM}),
+    "scenes": frozenset({ObjectiveName.CLOSED_FORM}),
+    "preserved": frozenset({ObjectiveName.CLOSED_FORM}),
+    "preserve": frozenset({ObjectiveName.CLOSED_FORM}),
+    "identity": frozenset({ObjectiveName.CLOSED_FORM}),
 }
 """Which objectives a setting belongs to; those that are not here belong to all."""
+OBJECTIVE_DEFAULTS: Mapping[ObjectiveName, Mapping[str, object]] = {
+    ObjectiveName.MATCHING: {"eta": "auto"},
+    ObjectiveName.CLOSED_FORM: {"negative_guidance": 0.0},
+}
+"""Where an objective has other defaults than the rest."""
+EDITS_DEFAULTS: Mapping[str, object] = {
+    "architecture": Architecture.EDITS,
+    "rank": 4,
+    "hidden_dim": 64,
+}
+"""Of the network, where the objective is ``closed-form``."""
+LENIENT_GATE: Mapping[str, object] = {
+    "false_fire_rate": 0.05,
+    "threshold_position": 0.0,
+    "num_positives": 1200,
+    "num_negatives": 4000,
+    "scatter_share": 0.5,
+    "noise": 2.0,
+}
+"""Of the gate there: an edit on a prompt that asks for nothing erased changes little, so a prompt too many is better than one missed."""
 
 
 class ObjectiveConfig(BaseModel):
     """The loss.
 
     Attributes:
-        negative_guidance: how far beyond the anchor prediction to push, gamma.
+        negative_guidance: how far beyond the anchor to push, gamma (0 by default of ``closed-form``).
         full_strength: share of samples at s = S; the others draw s uniformly.
         weight_retention: factor of the squared LoRA norm of retain prompts.
         retain_batch_size: retain embeddings a step.
@@ -263,6 +305,11 @@ class ObjectiveConfig(BaseModel):
         separate_retention: retention has an optimizer of its own.
         retain_steps: its steps after each of the other's.
         retain_lr: its learning rate; that of ``train`` by default.
+        sentences: templates with one slot that each phrase is put in.
+        scenes: sentences that each phrase shares with a retain phrase.
+        preserved: retain phrases whose states are held, at most.
+        preserve: factor of their mean squared change.
+        identity: factor of the squared size of an edit, relative to the mean squared state.
     """
 
     model_config = STRICT
@@ -279,6 +326,11 @@ class ObjectiveConfig(BaseModel):
     separate_retention: bool = True
     retain_steps: Count = 1
     retain_lr: Positive | None = None
+    sentences: Count = 12
+    scenes: Annotated[int, Field(ge=0)] = 8
+    preserved: Count = 1000
+    preserve: Number = 1.0
+    identity: Positive = 1e-4
 
     @model_validator(mode="before")
     @classmethod
@@ -296,7 +348,7 @@ class ObjectiveConfig(BaseModel):
                 raise ValueError(
                     f"{key} belongs to {known}, not to {name.value}. Leave it out, or change objective.name"
                 )
-        return {"eta": "auto", **data} if name is ObjectiveName.MATCHING else data
+        return {**OBJECTIVE_DEFAULTS.get(name, {}), **data}
 
     @model_validator(mode="after")
     def _settings_are_used(self) -> ObjectiveConfig:
@@ -387,6 +439,27 @@ class TrainConfig(BaseModel):
     log: LogConfig = LogConfig()
     samples: SamplesConfig = SamplesConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_closed_form(cls, data: object) -> object:
+        """Closed form needs edits, so they are its default, and it can do with a lenient gate."""
+        if not isinstance(data, dict):
+            return data
+        objective = data.get("objective")
+        name = (
+            objective.get("name") if isinstance(objective, dict) else getattr(objective, "name", "")
+        )
+        if name not in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
+            return data
+        defaults = {"network": EDITS_DEFAULTS, "gate": LENIENT_GATE}
+        own = {section: data.get(section, {}) for section in defaults}
+        merged = {
+            section: {**defaults[section], **given}
+            for section, given in own.items()
+            if isinstance(given, dict)
+        }
+        return {**data, **merged}
+
     @field_validator("output")
     @classmethod
     def _is_safetensors(cls, output: Path) -> Path:
@@ -447,6 +520,12 @@ class TrainConfig(BaseModel):
                     f"retain phrase {phrase!r} is {what} a target phrase of {owner!r}. "
                     "Remove it from one of the two lists, or say in other words what stays"
                 )
+        edits = self.network.architecture is Architecture.EDITS
+        if edits != (self.objective.name is ObjectiveName.CLOSED_FORM):
+            raise ValueError(
+                f"network.architecture {self.network.architecture.value} does not go with objective.name "
+                f"{self.objective.name.value}: edits and closed-form need one another. Leave network.architecture out"
+            )
         if self.objective.function_retention and not self.trajectories.retain_rollouts:
             raise ValueError(
                 "objective.function_retention needs states of retain prompts: "

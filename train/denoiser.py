@@ -47,6 +47,10 @@ class DenoiserLike(Protocol):
         """The raw prediction (batch, channels, height, width), differentiable in ``factors``."""
         ...
 
+    def target_weights(self) -> tuple[Tensor, ...]:
+        """Weights (out_features, in_features) of the target modules."""
+        ...
+
     def rollout(
         self,
         text: TextBatch,

@@ -295,6 +295,7 @@ def fitting(pack: Pack, config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: the pack erases one of the concepts already, or the config asks for what an extension cannot do.
     """
+    _refuse_edits(pack)
     names = set(pack.info.concept_names)
     erased = [phrase for concept in pack.info.concepts for phrase in concept.target]
     known = {form for phrase in erased for form in forms(phrase)}
@@ -434,6 +435,14 @@ def _linear(gate: Gate) -> tuple[nn.Linear, nn.Linear]:
             f"The gate's first and last layers must be Linear, got {type(first).__name__} and {type(last).__name__}."
         )
     return first, last
+
+
+def _refuse_edits(pack: Pack) -> None:
+    if pack.info.hypernetwork.architecture is Architecture.EDITS:
+        raise ConfigError(
+            f"{pack.name} holds edits solved for together, which are not extended. Train all concepts anew with "
+            "objective.name closed-form; it takes seconds to minutes."
+        )
 
 
 def _refuse_same(path: Path, output: Path) -> None:

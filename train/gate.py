@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,14 @@ from unhype.checkpoint import Calibration
 from unhype.gate import Gate, GateConfig
 
 from .config import TrainConfig
-from .prompts import forget_prompts, lengthen, retain_prompts, split_vocabulary
+from .prompts import (
+    forget_prompts,
+    lengthen,
+    ordinary_vocabulary,
+    retain_prompts,
+    scatter,
+    split_vocabulary,
+)
 
 Embed = Callable[[list[str]], Tensor]
 NOTABLE_MISS_RATE = 0.15
@@ -60,8 +67,15 @@ def gather(config: TrainConfig, embed: Embed) -> GateMaterial:
         held_negatives,
     ]
     sources = [words, held_words, words, held_words]
+    scattered = ordinary_vocabulary(config)
+
+    def disguise(text: str, captions: Sequence[str]) -> str:
+        if rng.random() < gate.scatter_share:
+            text = scatter(text, scattered, rng)
+        return lengthen(text, captions, rng) if rng.random() < gate.long_share else text
+
     texts = [
-        lengthen(text, vocabulary.captions, rng) if rng.random() < gate.long_share else text
+        disguise(text, vocabulary.captions)
         for group, vocabulary in zip(groups, sources, strict=True)
         for text in group
     ]

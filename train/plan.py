@@ -23,7 +23,7 @@ from unhype.host.locate import has_accelerator
 from unhype.host.text import TextBatch
 from unhype.hypernetwork import Hypernetwork
 
-from .config import ConfigError, TrainConfig
+from .config import ConfigError, ObjectiveName, TrainConfig
 from .denoiser import DenoiserLike
 from .discovery import PICTURES, STOPS, Speaking
 from .gate import GateMaterial, fit_gate, gather
@@ -112,6 +112,10 @@ def estimate(
     processes = PartialState(cpu=not has_accelerator())
     if processes.num_processes > 1:
         raise ConfigError("A plan is made in one process; run it without `accelerate launch`.")
+    if config.objective.name is ObjectiveName.CLOSED_FORM:
+        raise ConfigError(
+            "objective.name closed-form takes no training steps, so there is nothing to plan: train it, it takes seconds to minutes."
+        )
     report = progress or (lambda event: None)
     clock = Clock(denoiser.device)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .config import ConceptConfig, TrainConfig
-from .phrases import mentions
+from .phrases import forms, mentions
 
 LONGEST = 45
 """Words of a long prompt: text encoders read 77 tokens at once."""
@@ -146,6 +146,28 @@ def lengthen(text: str, captions: Sequence[str], rng: random.Random) -> str:
         if sum(len(part.split()) for part in (*parts, caption)) <= LONGEST:
             parts.insert(rng.randrange(len(parts) + 1), caption)
     return ", ".join(part.rstrip(".") for part in parts)
+
+
+def ordinary_vocabulary(config: TrainConfig) -> list[str]:
+    """Every word of captions and templates that is no part of a target phrase."""
+    targets = {
+        form
+        for phrase in target_phrases(config.concepts)
+        for part in (phrase, *phrase.split())
+        for form in forms(part)
+    }
+    texts = (*config.retain_captions, *config.templates)
+    words = {word for text in texts for word in re.findall(r"[a-z]+", text.lower())}
+    return sorted(word for word in words if not forms(word) & targets)
+
+
+def scatter(text: str, words: Sequence[str], rng: random.Random) -> str:
+    """The text with one to three of the words somewhere between its own, as far as they fit into ``LONGEST`` words."""
+    parts = text.split()
+    for _ in range(rng.choice((1, 1, 2, 3)) if words else 0):
+        if len(parts) < LONGEST:
+            parts.insert(rng.randrange(len(parts) + 1), rng.choice(words))
+    return " ".join(parts)
 
 
 def target_phrases(concepts: Sequence[ConceptConfig]) -> list[str]:

@@ -26,10 +26,17 @@ from unhype.families import Branch
 from unhype.gate import Gate
 from unhype.host.denoise import Denoiser
 from unhype.host.locate import has_accelerator
-from unhype.hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
+from unhype.hypernetwork import (
+    Architecture,
+    EditsHypernetwork,
+    Hypernetwork,
+    HypernetworkConfig,
+    make_hypernetwork,
+)
 
 from . import state
-from .config import ConfigError, TrainConfig, TrajectoryConfig
+from .closed_form import edit_in_closed_form
+from .config import ConfigError, ObjectiveName, TrainConfig, TrajectoryConfig
 from .denoiser import DenoiserLike, check_gradient
 from .discovery import describe as describe_words
 from .discovery import discover, widen
@@ -39,6 +46,7 @@ from .loop import (
     Event,
     Report,
     Setting,
+    Step,
     TrainingDivergedError,
     TrainingInterrupted,
     average,
@@ -117,6 +125,7 @@ def train(
     begin = time.monotonic()
     with started(config, progress=progress, comfyui=comfyui, denoiser=denoiser) as run:
         denoiser, report, processes = run.denoiser, run.report, run.processes
+        _refuse_unsolvable(config, denoiser)
         _warn_of_unused(config, denoiser)
         setting = run.setting(config, f"{config.digest()}/{denoiser.fingerprint.digest}")
 
@@ -125,23 +134,15 @@ def train(
         material = gather(config, embedder(denoiser, report))
         gate, calibration = train_gate(config, material, ticker(report, "training the gate"))
         hypernetwork = new_hypernetwork(config, denoiser, material)
-        forget, retain = collect_pools(config, denoiser, setting)
-        check_trainable(denoiser, forget)
-        objective = make_objective(
-            config.objective,
-            hypernetwork=hypernetwork,
-            denoiser=denoiser,
-            material=Material(forget, retain, material.negatives.to(denoiser.device)),
-        )
-        objective, found = _with_eta(config, setting, objective)
-        share = run_loop(config, setting, hypernetwork, objective)
+        if isinstance(hypernetwork, EditsHypernetwork):
+            solve(config, denoiser, setting, hypernetwork, material)
+            figures: Mapping[str, float] = {}
+        else:
+            figures = _train_hypernetwork(config, denoiser, setting, hypernetwork, material)
 
-    metrics = {
-        **measure_in_parts(config, objective, share),
-        **lora_norms(hypernetwork, material),
-        **found,
-    }
-    _refuse_inert(config, processes, metrics)
+    metrics = {**figures, **lora_norms(hypernetwork, material)}
+    if config.objective.name is ObjectiveName.MATCHING:
+        _refuse_inert(config, processes, metrics)
     words = {}
     if config.discovery.words:
         words = {"discovered": describe_words(discovered, config.concepts)}
@@ -153,6 +154,44 @@ def train(
     )
     finish(config, processes, info, hypernetwork, gate)
     return Result(config.output, time.monotonic() - begin, metrics)
+
+
+def _train_hypernetwork(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    setting: Setting,
+    hypernetwork: Hypernetwork,
+    material: GateMaterial,
+) -> Mapping[str, float]:
+    """Train it on trajectories, step by step; what was measured."""
+    forget, retain = collect_pools(config, denoiser, setting)
+    check_trainable(denoiser, forget)
+    objective = make_objective(
+        config.objective,
+        hypernetwork=hypernetwork,
+        denoiser=denoiser,
+        material=Material(forget, retain, material.negatives.to(denoiser.device)),
+    )
+    objective, found = _with_eta(config, setting, objective)
+    share = run_loop(config, setting, hypernetwork, objective)
+    return {**measure_in_parts(config, objective, share), **found}
+
+
+def solve(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    setting: Setting,
+    hypernetwork: EditsHypernetwork,
+    material: GateMaterial,
+) -> None:
+    """Find the edits in closed form, which is a run of a single step."""
+    begin = time.perf_counter()
+    tick = ticker(setting.report, "solving for edits")
+    edit_in_closed_form(config, denoiser, hypernetwork, material, tick)
+    done = Step(1, 1, {}, {}, time.perf_counter() - begin, hypernetwork)
+    for recorder in setting.recorders:
+        recorder.begin(0)
+        recorder.record(done)
 
 
 @dataclass(frozen=True)
@@ -226,6 +265,15 @@ def describe(
 def needs_eta(objective: Objective, config: TrainConfig) -> TypeGuard[Trajectory]:
     """Whether a run measures the objective's eta before it trains."""
     return isinstance(objective, Trajectory) and config.objective.eta == "auto"
+
+
+def _refuse_unsolvable(config: TrainConfig, denoiser: DenoiserLike) -> None:
+    """Closed form needs layers that read the text's states alone."""
+    if config.objective.name is ObjectiveName.CLOSED_FORM and not denoiser.family.per_chunk:
+        raise ConfigError(
+            f"objective.name is closed-form, but {denoiser.family.title} has no layers that read the text's states alone. "
+            "Use objective.name direct."
+        )
 
 
 def _warn_of_unused(config: TrainConfig, denoiser: DenoiserLike) -> None:
@@ -390,6 +438,10 @@ def new_hypernetwork(
         hidden_dim=settings.hidden_dim,
         num_steps=settings.num_steps,
     )
+    if settings.architecture is Architecture.EDITS:
+        num = len(config.concepts)
+        directions = min(settings.directions, settings.rank * num)
+        sizes = replace(sizes, num_concepts=num, directions=directions)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         hypernetwork = make_hypernetwork(sizes, denoiser.targets)

@@ -24,7 +24,7 @@ from .gate import Gate, GateConfig, Reading, check_threshold
 from .hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
 from .lora import LoRAFactors, TargetModule
 
-FORMAT = 1
+FORMAT = 2
 FORMAT_KEY = "unhype.format"
 CONFIG_KEY = "unhype.config"
 HYPERNETWORK, GATE = "hypernetwork.", "gate."

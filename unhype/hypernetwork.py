@@ -26,6 +26,8 @@ class Architecture(Enum):
     """A shared trunk weighs learned rank-1 atoms of every layer; small."""
     HEADS = "heads"
     """A pair of MLP heads a layer writes both factors, as in the paper; large."""
+    EDITS = "edits"
+    """A learned edit of the text's states for every concept, which all layers read; smallest with many concepts."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,12 @@ class HypernetworkConfig:
     """Sizes of a hypernetwork.
 
     Attributes:
-        rank: atoms a layer (ATOMS) or rank of the factors (HEADS).
+        rank: atoms a layer (ATOMS), rank of the factors (HEADS), or rank of a concept's edit (EDITS).
         num_steps: S, the end of the trajectory; generation uses s = S.
         num_frequencies: frequencies that encode s.
         scale: the constant alpha_0 (HEADS).
+        num_concepts: how many edits there are (EDITS).
+        directions: into which all edits together move what the layers read (EDITS).
     """
 
     architecture: Architecture
@@ -46,9 +50,19 @@ class HypernetworkConfig:
     num_steps: int = 300
     num_frequencies: int = 4
     scale: float = 1.0
+    num_concepts: int = 1
+    directions: int = 64
 
     def __post_init__(self) -> None:
-        for name in ("embedding_dim", "rank", "hidden_dim", "num_steps", "num_frequencies"):
+        for name in (
+            "embedding_dim",
+            "rank",
+            "hidden_dim",
+            "num_steps",
+            "num_frequencies",
+            "num_concepts",
+            "directions",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
@@ -160,6 +174,60 @@ class HeadsHypernetwork(Hypernetwork):
         return LoRAFactors(self.targets, tuple(downs), tuple(ups), (w > 0).float())
 
 
+class EditsHypernetwork(Hypernetwork):
+    """dW_l(c, s) = s/S up_l sum_k p_k(c) mix_k down_k, for layers that all read the same states.
+
+    ``down`` says what of a state concept k changes, ``mix`` into which of the shared directions, ``up`` what each layer makes of
+    these. p_k is 1 for the likeliest concept, less for others; the ``MOST`` likeliest act. Whether any does is for the gate to say.
+    """
+
+    MOST = 2
+
+    def __init__(self, config: HypernetworkConfig, targets: Sequence[TargetModule]) -> None:
+        super().__init__(config, targets)
+        widths = {target.in_features for target in self.targets}
+        if len(widths) > 1:
+            raise ValueError(
+                f"Edits need target modules that all read the same states, got inputs of {sorted(widths)} features. "
+                "Use another architecture."
+            )
+        num, rank, directions, inner = (
+            config.num_concepts,
+            config.rank,
+            config.directions,
+            widths.pop(),
+        )
+        if num > 1:
+            self.trunk = nn.Sequential(
+                nn.Linear(config.embedding_dim, config.hidden_dim),
+                nn.SiLU(),
+                nn.Linear(config.hidden_dim, num),
+            )
+        self.down = nn.Parameter(torch.randn(num, rank, inner) / math.sqrt(inner))
+        self.mix = nn.Parameter(torch.randn(num, directions, rank) / math.sqrt(rank))
+        self.up = nn.ParameterList(
+            nn.Parameter(torch.zeros(t.out_features, directions)) for t in self.targets
+        )
+
+    def shares(self, embedding: Tensor) -> Tensor:
+        """Logarithms of p_k, up to a constant, of standardized embeddings: (batch, concepts)."""
+        if self.config.num_concepts == 1:
+            return embedding.new_zeros(len(embedding), 1)
+        return self.trunk(embedding)
+
+    def write(self, u: Tensor, w: Tensor) -> LoRAFactors:
+        shares = self.shares(u[:, : self.config.embedding_dim])
+        most = min(self.MOST, self.config.num_concepts)
+        shares, chosen = (shares - shares.amax(1, keepdim=True)).exp().topk(most)
+        down = rearrange(
+            shares[:, :, None, None] * self.down[chosen],
+            "batch k rank inner -> batch (k rank) inner",
+        )
+        mix = rearrange(self.mix[chosen], "batch k out rank -> batch out (k rank)")
+        ups = (einsum(up, mix, "out d, batch d rank -> batch out rank") for up in self.up)
+        return LoRAFactors(self.targets, (down,) * len(self.targets), tuple(ups), w.float())
+
+
 def encode_position(s: Tensor, num_steps: int, num_frequencies: int) -> Tensor:
     """tau(s): cosines, then sines, of s omega_k with omega_k = 2 pi / (S + 1) 2^k; (batch, 2 num_frequencies)."""
     k = torch.arange(num_frequencies, device=s.device, dtype=torch.float32)
@@ -174,3 +242,5 @@ def make_hypernetwork(config: HypernetworkConfig, targets: Sequence[TargetModule
             return AtomsHypernetwork(config, targets)
         case Architecture.HEADS:
             return HeadsHypernetwork(config, targets)
+        case Architecture.EDITS:
+            return EditsHypernetwork(config, targets)

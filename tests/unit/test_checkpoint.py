@@ -148,9 +148,9 @@ def test_an_ordinary_lora(tmp_path: Path) -> None:
 
 
 def test_a_newer_format(path: Path) -> None:
-    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "2"}))
+    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "3"}))
     with pytest.raises(
-        CheckpointError, match=r"format 2; this pack of nodes reads up to 1\. Update"
+        CheckpointError, match=r"format 3; this pack of nodes reads up to 2\. Update"
     ):
         checkpoint.load(path)
 

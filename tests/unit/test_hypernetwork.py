@@ -16,11 +16,14 @@ from unhype.lora import TargetModule
 
 TARGETS = (TargetModule("a.to_k", 6, 5), TargetModule("b.qkv", 6, 4, 4, 12))
 both = pytest.mark.parametrize("architecture", list(Architecture))
+RANKS = {Architecture.EDITS: 6}
 
 
 def make(architecture: Architecture, *, trained: bool = True) -> Hypernetwork:
     torch.manual_seed(0)
-    config = HypernetworkConfig(architecture, embedding_dim=8, rank=3, hidden_dim=16)
+    config = HypernetworkConfig(
+        architecture, embedding_dim=8, rank=3, hidden_dim=16, num_concepts=3, directions=4
+    )
     hypernetwork = make_hypernetwork(config, TARGETS)
     if trained:
         for parameter in hypernetwork.parameters():
@@ -31,8 +34,10 @@ def make(architecture: Architecture, *, trained: bool = True) -> Hypernetwork:
 @both
 def test_factors_have_a_row_for_every_prompt(architecture: Architecture) -> None:
     factors = make(architecture).generate(torch.randn(4, 8))
-    assert [tuple(t.shape) for t in factors.down] == [(4, 3, 6), (4, 3, 6)]
-    assert [tuple(t.shape) for t in factors.up] == [(4, 5, 3), (4, 4, 3)]
+    assert [tuple(t.shape) for t in factors.down] == [(4, RANKS.get(architecture, 3), 6)] * 2
+    assert [tuple(t.shape) for t in factors.up] == [
+        (4, rows, RANKS.get(architecture, 3)) for rows in (5, 4)
+    ]
     assert factors.squared_norm().min() > 0
 
 

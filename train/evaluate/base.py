@@ -110,10 +110,6 @@ class PictureModel(DenoiserLike, Protocol):
         """Pictures (n, 3, height, width) in [0, 1]."""
         ...
 
-    def target_weights(self) -> tuple[Tensor, ...]:
-        """Weights (out_features, in_features) of the target modules."""
-        ...
-
     def noise(self, seeds: Sequence[int], size: int) -> Tensor:
         """What sampling starts from for each seed, (n, channels, height, width); ``size`` in pixels."""
         ...

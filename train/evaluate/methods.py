@@ -17,6 +17,8 @@ from unhype.hypernetwork import Architecture, Hypernetwork
 from unhype.lora import LoRAFactors
 
 from ..config import (
+    EDITS_DEFAULTS,
+    LENIENT_GATE,
     DiscoveryConfig,
     NetworkConfig,
     ObjectiveConfig,
@@ -186,20 +188,39 @@ def joint(shop: Workshop) -> Trained:
 
 
 def ours(shop: Workshop) -> Trained:
-    """The defaults of this package."""
-    return _ours(shop, "ours", shop.config)
+    """Edits in closed form, behind a gate."""
+    return _ours(shop, "ours", in_closed_form(shop.config))
+
+
+def ours_direct(shop: Workshop) -> Trained:
+    """A hypernetwork of atoms, trained on trajectories, behind the same gate."""
+    return _ours(shop, "direct", shop.config)
+
+
+def in_closed_form(config: TrainConfig) -> TrainConfig:
+    """The same run with the objective ``closed-form``."""
+    num = len(config.concepts)
+    prompts = {"num_positives": max(1200, 96 * num), "num_negatives": 4000 + 40 * num}
+    update = {
+        "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
+        "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
+        "gate": config.gate.model_copy(update={**LENIENT_GATE, **prompts}),
+    }
+    return config.model_copy(update=update)
 
 
 def ours_discovery(shop: Workshop) -> Trained:
     """The same, and the model is asked for further words; none is withheld from it, asked questions' words included."""
     discovery = DiscoveryConfig(words=DISCOVERED_AMONG)
-    return _ours(shop, "discovery", shop.config.model_copy(update={"discovery": discovery}))
+    config = in_closed_form(shop.config)
+    return _ours(shop, "discovery", config.model_copy(update={"discovery": discovery}))
 
 
 def ours_adversarial(shop: Workshop) -> Trained:
     """The same, with a gate trained on embeddings moved against it."""
     gate = shop.config.gate.model_copy(update={"adversarial": ADVERSARIAL})
-    return _ours(shop, "adversarial", shop.config.model_copy(update={"gate": gate}))
+    config = in_closed_form(shop.config)
+    return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
 
 
 def _ours(shop: Workshop, name: str, config: TrainConfig) -> Trained:
@@ -219,6 +240,7 @@ METHODS: Mapping[str, Method] = {
     "similarity-gated": similarity,
     "joint heads": joint,
     "ours": ours,
+    "ours direct": ours_direct,
     "ours+discovery": ours_discovery,
     "ours+adversarial": ours_adversarial,
 }

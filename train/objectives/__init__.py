@@ -41,3 +41,7 @@ def make_objective(
         case ObjectiveName.JOINT | ObjectiveName.MATCHING:
             eta = 1.0 if config.eta == "auto" else config.eta
             return Trajectory(config, hypernetwork, denoiser, material, eta)
+        case ObjectiveName.CLOSED_FORM:
+            raise ValueError(
+                "The objective closed-form is solved, not trained: see train.closed_form."
+            )
