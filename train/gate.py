@@ -70,7 +70,7 @@ def gather(config: TrainConfig, embed: Embed) -> GateMaterial:
     scattered = ordinary_vocabulary(config)
 
     def disguise(text: str, captions: Sequence[str]) -> str:
-        if rng.random() < gate.scatter_share:
+        if gate.scatter_share and rng.random() < gate.scatter_share:
             text = scatter(text, scattered, rng)
         return lengthen(text, captions, rng) if rng.random() < gate.long_share else text
 

@@ -393,10 +393,10 @@ def test_two_processes_share_the_tasks_and_train_each_alone(tmp_path: Path) -> N
         timeout=300,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("| ours | ") == 1
+    assert result.stdout.count("| ours direct | ") == 1
     rows = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
-    assert [(row["method"], row["seeds"]) for row in rows] == [("none", 3), ("ours", 3)]
-    pack = checkpoint.load(tmp_path / "out" / "packs" / "1-0" / "ours.safetensors")
+    assert [(row["method"], row["seeds"]) for row in rows] == [("none", 3), ("ours direct", 3)]
+    pack = checkpoint.load(tmp_path / "out" / "packs" / "1-0" / "direct.safetensors")
     config = Studio(tmp_path).task(1, 0).config
     config = config.model_copy(update={"output": tmp_path / "single.safetensors"})
     single = checkpoint.load(train(config, denoiser=Painter()).path)

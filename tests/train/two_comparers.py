@@ -18,5 +18,5 @@ spec.loader.exec_module(painter)
 folder = Path(sys.argv[1])
 train.cli.find_world = lambda name: painter.Studio(folder)
 sys.argv[1:] = ["compare", "--world", "studio", "--concepts", "1", "--seeds", "3"]
-sys.argv += ["--methods", "none,ours", "--out", str(folder / "out")]
+sys.argv += ["--methods", "none,ours direct", "--out", str(folder / "out")]
 train.cli.main()
