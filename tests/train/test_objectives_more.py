@@ -340,7 +340,10 @@ def test_settings_of_another_objective_are_refused(data: dict[str, object]) -> N
             ["objective.name=matching", "objective.eta=fast"],
             "objective.eta given with --set: got 'fast', expected auto or a number above 0",
         ),
-        (["objective.name=cosine"], "'cosine', expected one of 'direct', 'joint', 'matching' or 'closed-form'"),
+        (
+            ["objective.name=cosine"],
+            "'cosine', expected one of 'direct', 'joint', 'matching' or 'closed-form'",
+        ),
     ):
         with pytest.raises(ConfigError) as caught:
             make_config(data, settings)
