@@ -21,10 +21,9 @@ from unhype.hypernetwork import EditsHypernetwork
 from .config import ConceptConfig, TrainConfig
 from .denoiser import DenoiserLike
 from .gate import GateMaterial
-from .prompts import fill, split_templates
-from .trajectories import Tick
+from .prompts import PLAIN_TEMPLATE, fill, split_templates
+from .trajectories import Tick, embed_in_batches
 
-PLAIN_TEMPLATE = "a photo of a {}"
 PADDING_READ = 6
 """States of padding read of every prompt: meaning leaks into them."""
 TEXTS_AT_ONCE = 64
@@ -37,13 +36,19 @@ STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 600, 128, 2e-3, 0.05
 
 
 @dataclass(frozen=True)
-class Twin:
-    """A prompt and the same prompt with the anchor in place of the target, cut where the phrase ends."""
+class Side:
+    """A sentence, and its beginning up to the end of the phrase that matters."""
 
     text: str
-    anchor: str
-    text_end: int
-    anchor_end: int
+    beginning: str
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A prompt that asks for a target, and the same prompt with the anchor in its place."""
+
+    target: Side
+    anchor: Side
 
 
 @torch.no_grad()
@@ -179,57 +184,55 @@ def _twins(config: TrainConfig, concept: ConceptConfig, rng: random.Random) -> I
     singles = dict.fromkeys((PLAIN_TEMPLATE, *templates.single[:count]))
     for phrase in concept.target:
         for form in singles:
-            yield _twin(fill(form, phrase), fill(form, concept.anchor), phrase, concept.anchor)
+            yield Twin(_side(form, phrase), _side(form, concept.anchor))
         for _ in range(settings.scenes):
             form, other = rng.choice(templates.pair), rng.choice(config.retain)
-            first = rng.random() < 0.5
-            text, anchor = (
-                fill(form, *((own, other) if first else (other, own)))
-                for own in (phrase, concept.anchor)
+            before = () if rng.random() < 0.5 else (other,)
+            after = () if before else (other,)
+            target, anchor = (
+                _side(form, *before, own, after=after) for own in (phrase, concept.anchor)
             )
-            yield _twin(text, anchor, phrase, concept.anchor, last=not first)
+            yield Twin(target, anchor)
 
 
-def _twin(text: str, anchor_text: str, phrase: str, anchor: str, *, last: bool = False) -> Twin:
-    """``last``: the phrase is the last place where it stands, for the other thing comes first."""
-    find = str.rfind if last else str.find
-    return Twin(
-        text,
-        anchor_text,
-        find(text, phrase) + len(phrase),
-        find(anchor_text, anchor) + len(anchor),
-    )
+def _side(form: str, *phrases: str, after: tuple[str, ...] = ()) -> Side:
+    """The template filled; its beginning ends with the last of ``phrases``, and ``after`` is behind it."""
+    end = 0
+    for _ in phrases:
+        end = form.index("{}", end) + len("{}")
+    return Side(fill(form, *phrases, *after), fill(form[:end], *phrases))
 
 
 def _paired_states(denoiser: DenoiserLike, twins: Sequence[Twin]) -> tuple[Tensor, Tensor]:
     """States of the prompts and what they are to be, (states, dim) each: the phrase's last word, all that follows, some padding."""
-    texts, anchors = [t.text for t in twins], [t.anchor for t in twins]
-    states, wanted = _embed(denoiser, texts), _embed(denoiser, anchors)
-    ends, wanted_ends = _ends(denoiser, texts, states), _ends(denoiser, anchors, wanted)
-    words = _last_words(denoiser, [t.text[: t.text_end] for t in twins], states, ends)
-    wanted_words = _last_words(
-        denoiser, [t.anchor[: t.anchor_end] for t in twins], wanted, wanted_ends
-    )
-    c, m = [], []
-    for row in range(len(twins)):
-        following = min(ends[row] - words[row], wanted_ends[row] - wanted_words[row])
-        length = len(states[row])
-        for into, cross, word, end in (
-            (c, states[row], words[row], ends[row]),
-            (m, wanted[row], wanted_words[row], wanted_ends[row]),
+    sides = [
+        _located(denoiser, side)
+        for side in ([twin.target for twin in twins], [twin.anchor for twin in twins])
+    ]
+    pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for (own, word, end), (other, other_word, other_end) in zip(*sides, strict=True):
+        following = min(end - word, other_end - other_word)
+        for into, states, at, last in zip(
+            pairs, (own, other), (word, other_word), (end, other_end), strict=True
         ):
-            after = [end - back for back in range(following - 1)]
-            into.append(cross[[word, *after, *_padding(end, length)]])
-    return torch.cat(c), torch.cat(m)
+            behind = [last - back for back in range(following - 1)]
+            into.append(states[[at, *behind, *_padding(last, len(states))]])
+    c, m = (torch.cat(states) for states in pairs)
+    return c, m
+
+
+def _located(denoiser: DenoiserLike, sides: Sequence[Side]) -> list[tuple[Tensor, int, int]]:
+    """Of each side its states (length, dim), where its phrase's last word stands, and where the text ends."""
+    texts = [side.text for side in sides]
+    states = _embed(denoiser, texts)
+    ends = _ends(denoiser, texts, states)
+    words = _last_words(denoiser, [side.beginning for side in sides], states, ends)
+    return list(zip(states, words, ends, strict=True))
 
 
 def _embed(denoiser: DenoiserLike, texts: Sequence[str]) -> Tensor:
     """States of texts in double precision, (texts, length, dim)."""
-    parts = [
-        denoiser.embed(texts[start : start + TEXTS_AT_ONCE]).cross.cpu().double()
-        for start in range(0, len(texts), TEXTS_AT_ONCE)
-    ]
-    return torch.cat(parts)
+    return embed_in_batches(denoiser, texts, TEXTS_AT_ONCE).cross.cpu().double()
 
 
 def _ends(denoiser: DenoiserLike, texts: Sequence[str], states: Tensor) -> list[int]:
@@ -251,7 +254,7 @@ def _last_words(
 
 
 def _first_difference(a: Tensor, b: Tensor) -> int:
-    """The first state in which two encodings differ; their length if in none."""
+    """The first state in which two encodings differ; their last if in none."""
     differs = (a - b).norm(dim=-1) > SAME * a.norm(dim=-1).clamp(min=1e-6)
     return int(differs.int().argmax()) if differs.any() else len(a) - 1
 

@@ -21,12 +21,11 @@ from unhype.host.denoise import TextBatch
 from .config import ConceptConfig, DiscoveryConfig, TrainConfig
 from .denoiser import DenoiserLike
 from .phrases import forms
-from .prompts import fill, target_phrases
+from .prompts import PLAIN_TEMPLATE, fill, target_phrases
 from .trajectories import Tick
 
 log = logging.getLogger("unhype")
 
-TEMPLATE = "a photo of a {}"
 STEPS, STOPS = 12, (0, 2, 4, 6)
 """Of the rollouts whose states are asked about: what is drawn is decided early."""
 PICTURES = 4
@@ -139,7 +138,7 @@ def _nearest(
 ) -> list[list[str]]:
     """For every concept the words whose prompts lie nearest to those of its phrases."""
     size = 256
-    prompts = [fill(TEMPLATE, word) for word in vocabulary]
+    prompts = [fill(PLAIN_TEMPLATE, word) for word in vocabulary]
     parts = [
         denoiser.embed_pooled(prompts[start : start + size]).float().cpu()
         for start in range(0, len(prompts), size)
@@ -152,7 +151,7 @@ def _nearest(
 
     words, nearest = direction(embedded), []
     for concept in config.concepts:
-        phrases = denoiser.embed_pooled([fill(TEMPLATE, phrase) for phrase in concept.target])
+        phrases = denoiser.embed_pooled([fill(PLAIN_TEMPLATE, phrase) for phrase in concept.target])
         similarity = (words @ direction(phrases.float().cpu()).mT).amax(1)
         count = min(config.discovery.candidates, len(vocabulary))
         nearest.append([vocabulary[index] for index in similarity.topk(count).indices.tolist()])
@@ -170,7 +169,7 @@ def _ask(
 ) -> list[Word]:
     """What the model predicts for each word on states of the concept's own pictures."""
     settings = config.trajectories
-    prompts = [fill(TEMPLATE, text) for text in (concept.name, concept.anchor, *words)]
+    prompts = [fill(PLAIN_TEMPLATE, text) for text in (concept.name, concept.anchor, *words)]
     text = TextBatch.cat(
         [
             denoiser.embed(prompts[i : i + settings.batch_size])

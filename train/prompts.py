@@ -13,6 +13,9 @@ from .phrases import forms, mentions
 LONGEST = 45
 """Words of a long prompt: text encoders read 77 tokens at once."""
 
+PLAIN_TEMPLATE = "a photo of a {}"
+"""The plainest sentence about a thing."""
+
 MINORS = (
     "baby",
     "boy",

@@ -92,20 +92,27 @@ def test_the_same_seed_gives_the_same_pack(world: NarrowWorld, tmp_path: Path) -
 
 
 def test_words_are_found_without_a_tokenizer(world: NarrowWorld) -> None:
-    twins = [closed_form._twin("a tabby cat on a bus", "a meadow on a bus", "tabby cat", "meadow")]
-    states = closed_form._embed(world, [twins[0].text])
-    (end,) = closed_form._ends(world, [twins[0].text], states)
-    tokens = world.token_embeddings([twins[0].text])
-    assert end == int(tokens.ends[0])
-    (word,) = closed_form._last_words(world, ["a tabby cat"], states, [end])
-    assert word == int(world.token_embeddings(["a tabby cat"]).ends[0]) - 1
+    side = closed_form.Side("a tabby cat on a bus", "a tabby cat")
+    ((_, word, end),) = closed_form._located(world, [side])
+    assert end == int(world.token_embeddings([side.text]).ends[0])
+    assert word == int(world.token_embeddings([side.beginning]).ends[0]) - 1
+
+
+def test_a_phrase_is_found_where_it_was_put() -> None:
+    side = closed_form._side("a postcard of a {} and a {}", "a bus", "car")
+    assert side == closed_form.Side(
+        "a postcard of a bus and a car", "a postcard of a bus and a car"
+    )
+    side = closed_form._side("a postcard of a {} and a {}", "car", after=("a bus",))
+    assert side == closed_form.Side("a postcard of a car and a bus", "a postcard of a car")
 
 
 def test_scenes_cut_where_the_phrase_ends(tmp_path: Path) -> None:
     settings = config(tmp_path / "none.safetensors")
     for twin in closed_form._twins(settings, settings.concepts[0], random.Random(0)):
-        assert twin.text[: twin.text_end].endswith(("cat", "kitty"))
-        assert twin.anchor[: twin.anchor_end].endswith("an empty meadow")
+        for side, phrases in ((twin.target, ("cat", "kitty")), (twin.anchor, ("an empty meadow",))):
+            assert side.beginning.endswith(phrases)
+            assert side.text.startswith(side.beginning)
 
 
 def test_edits_and_closed_form_need_one_another(tmp_path: Path) -> None:

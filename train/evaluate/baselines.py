@@ -13,7 +13,7 @@ from unhype.lora import LoRAFactors, TargetModule
 
 from ..config import TrainConfig
 from ..objectives.base import end
-from ..prompts import fill, split_templates, target_phrases
+from ..prompts import PLAIN_TEMPLATE, fill, split_templates, target_phrases
 from ..trajectories import Batch, Pool, Tick, draw
 from .base import PictureModel
 from .erasers import SimilarityEraser, StaticEraser
@@ -24,7 +24,6 @@ ERASE_SCALE, PRESERVE_SCALE, IDENTITY_SCALE = 1.0, 1.0, 0.5
 PADDING_READ = 6
 """States of padding read of every prompt: meaning leaks into them."""
 PROMPTS_PER_PHRASE = 3
-NOISE_TEMPLATE = "a photo of a {}"
 
 
 class LoRABank(nn.Module):
@@ -76,7 +75,7 @@ def train_similarity(ground: Ground, *, tick: Tick) -> SimilarityEraser:
     ordinary = [*config.retain, *config.retain_captions]
     return SimilarityEraser(
         loras,
-        model.embed_pooled([NOISE_TEMPLATE.format(phrase) for phrase in phrases]),
+        model.embed_pooled([PLAIN_TEMPLATE.format(phrase) for phrase in phrases]),
         torch.tensor(owners),
         model.embed_pooled(ordinary).mean(0),
     )
@@ -128,7 +127,7 @@ def edit_closed_form(config: TrainConfig, model: PictureModel) -> StaticEraser:
     sum_i |W' c_i - W m_i|^2 + sum_j |W' r_j - W r_j|^2 + lambda |W' - W|^2.
     """
     singles = split_templates(config.templates).single
-    forms = [NOISE_TEMPLATE, *singles[: PROMPTS_PER_PHRASE - 1]]
+    forms = [PLAIN_TEMPLATE, *singles[: PROMPTS_PER_PHRASE - 1]]
     erased, wanted = [], []
     for concept in config.concepts:
         for phrase in concept.target:

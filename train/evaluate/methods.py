@@ -218,8 +218,8 @@ def ours_discovery(shop: Workshop) -> Trained:
 
 def ours_adversarial(shop: Workshop) -> Trained:
     """The same, with a gate trained on embeddings moved against it."""
-    gate = shop.config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     config = in_closed_form(shop.config)
+    gate = config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
 
 
