@@ -155,6 +155,19 @@ def test_a_newer_format(path: Path) -> None:
         checkpoint.load(path)
 
 
+def test_a_pack_of_format_1_is_still_read(path: Path) -> None:
+    before = checkpoint.load(path)
+
+    def age(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        config = json.loads(metadata[CONFIG_KEY])
+        for added in ("num_concepts", "directions"):
+            del config["hypernetwork"][added]
+        metadata.update({FORMAT_KEY: "1", CONFIG_KEY: json.dumps(config)})
+
+    rewrite(path, age)
+    assert checkpoint.load(path).info == before.info
+
+
 def change_config(**changes: object) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
     def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         metadata[CONFIG_KEY] = json.dumps({**json.loads(metadata[CONFIG_KEY]), **changes})
