@@ -26,11 +26,12 @@ from .trajectories import Tick, embed_in_batches
 
 PADDING_READ = 6
 """States of padding read of every prompt: meaning leaks into them."""
+BARE_TEMPLATE = "{}"
+MAIN = 64
+"""Directions kept of an edit before those of all concepts are chosen."""
 TEXTS_AT_ONCE = 64
 UNSEEN = 1e-9
 """Share of the most that the layers see in any direction, up to which one counts as unseen."""
-SAME = 1e-3
-"""Relative difference up to which two states are the same; the batch that they were computed in changes the last digits."""
 STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 600, 128, 2e-3, 0.05
 """Of telling the concepts apart."""
 
@@ -61,77 +62,107 @@ def edit_in_closed_form(
 ) -> None:
     """Write every concept's edit into the hypernetwork, and teach it which concept a prompt asks for.
 
-    For states c_i of concept k, states m_i of its anchor in the same sentences, and states r_j of what stays, the edit E_k is the minimum of
+    For states c_i of concept k, states m_i of its anchor in the same sentences, and states r_j of what stays, the edit E_k is the
+    minimum of
 
         mean |c_i + E c_i - (m_i - gamma (c_i - m_i))|^2 + lambda_r mean |E r_j|^2 + lambda |E|^2,
 
     of which the hypernetwork keeps the ``rank`` directions that matter most to what the layers make of the c_i.
     """
-    settings, rng = config.objective, random.Random(f"unhype edits {config.seed}")
-    gram = settings.preserve * _kept_gram(config, denoiser, rng)
-    reader = _Reader.of(denoiser.target_weights())
-    edits, moved = [], []
-    for index, concept in enumerate(config.concepts):
-        twins = list(_twins(config, concept, rng))
-        c, m = _paired_states(denoiser, twins)
-        wanted = (1 + settings.negative_guidance) * (m - c)
-        own = gram + c.mT @ c / len(c)
-        own += settings.identity * own.diagonal().mean() * torch.eye(len(own)).to(own)
-        edit = torch.linalg.solve(own, c.mT @ wanted / len(c))  # c becomes c + c E
-        edits.append(edit)
-        moved.append(c @ edit @ reader.seen / len(c) ** 0.5)
-        tick(index + 1, len(config.concepts))
-    _factorize(hypernetwork, reader, edits, moved)
+    seen = Seen.of(denoiser.target_weights())
+    factorize(hypernetwork, solve_edits(config, denoiser, seen, tick), seen)
     if len(config.concepts) > 1:
         _tell_apart(hypernetwork, material, config.seed)
 
 
 @dataclass(frozen=True)
-class _Reader:
+class Seen:
     """What all layers together see of a state.
 
     Attributes:
         weights: of the layers, (out, dim) each.
-        seen: from states to coordinates in which distances are those between all that the layers make of them, (dim, seen).
+        into: from states to coordinates in which distances are those between all that the layers make of them, (dim, seen).
         back: from these coordinates to the layers' inputs, (dim, seen).
     """
 
-    weights: Sequence[Tensor]
-    seen: Tensor
+    weights: tuple[Tensor, ...]
+    into: Tensor
     back: Tensor
 
     @staticmethod
-    def of(weights: Sequence[Tensor]) -> _Reader:
-        gram = torch.zeros(weights[0].shape[1], weights[0].shape[1], dtype=torch.float64)
-        for weight in weights:
-            w = weight.cpu().double()
-            gram += w.mT @ w
+    def of(weights: Sequence[Tensor]) -> Seen:
+        """Of layers with these weights."""
+        exact = tuple(weight.cpu().double() for weight in weights)
+        gram = sum((w.mT @ w for w in exact), torch.zeros(()))
         values, vectors = torch.linalg.eigh(gram)
         used = values > UNSEEN * values.max()
         sizes = values[used].sqrt()
-        return _Reader(weights, vectors[:, used] * sizes, vectors[:, used] / sizes)
+        return Seen(exact, vectors[:, used] * sizes, vectors[:, used] / sizes)
 
 
-def _factorize(
-    hypernetwork: EditsHypernetwork,
-    reader: _Reader,
-    edits: Sequence[Tensor],
-    moved: Sequence[Tensor],
-) -> None:
-    """Edits (dim, dim), by what the layers see of how they move their concept's states, as ``up``, ``mix`` and ``down``."""
-    _, _, principal = torch.linalg.svd(torch.cat(list(moved)), full_matrices=False)
-    directions = principal[: hypernetwork.config.directions].mT  # (seen, directions)
+@dataclass(frozen=True)
+class Edit:
+    """A concept's edit E, as far as it moves what the layers see of the concept's states.
+
+    Attributes:
+        main: directions in which it moves that most, (seen, main).
+        sizes: mean squared movement along each, (main,).
+        reads: how far it moves a state along each, (dim, main).
+    """
+
+    main: Tensor
+    sizes: Tensor
+    reads: Tensor
+
+    @staticmethod
+    def of(matrix: Tensor, states: Tensor, seen: Seen) -> Edit:
+        """Of E (dim, dim), by which a state c becomes c + c E, and the concept's states (states, dim)."""
+        moved = states @ matrix @ seen.into
+        values, vectors = torch.linalg.eigh(moved.mT @ moved / len(moved))
+        main = vectors[:, -MAIN:]
+        return Edit(main, values[-MAIN:].clamp(min=0), matrix @ seen.into @ main)
+
+
+@torch.no_grad()
+def solve_edits(config: TrainConfig, denoiser: DenoiserLike, seen: Seen, tick: Tick) -> list[Edit]:
+    """The edit of every concept."""
+    settings, rng = config.objective, random.Random(f"unhype edits {config.seed}")
+    texts = _Texts(denoiser)
+    gram = settings.preserve * _kept_gram(texts, _kept_texts(config, rng))
+    forms = _forms(config, rng)
+    edits = []
+    for index, concept in enumerate(config.concepts):
+        c, m = _paired_states(texts, list(_twins(config, concept, forms, rng)))
+        wanted = (1 + settings.negative_guidance) * (m - c)
+        own = gram + c.mT @ c / len(c)
+        own += settings.identity * own.diagonal().mean() * torch.eye(len(own)).to(own)
+        matrix = torch.linalg.solve(own, c.mT @ wanted / len(c))
+        edits.append(Edit.of(matrix, c, seen))
+        tick(index + 1, len(config.concepts))
+    return edits
+
+
+@torch.no_grad()
+def factorize(hypernetwork: EditsHypernetwork, edits: Sequence[Edit], seen: Seen) -> None:
+    """Write edits into ``up``, ``mix`` and ``down``, keeping what moves the concepts' states most."""
+    spread = sum((e.main * e.sizes @ e.main.mT for e in edits), torch.zeros(()))
+    directions = _most(spread, hypernetwork.config.directions)  # (seen, directions)
     hypernetwork.mix.zero_()
     hypernetwork.down.zero_()
-    for index, (edit, own) in enumerate(zip(edits, moved, strict=True)):
-        _, _, main = torch.linalg.svd(own @ directions, full_matrices=False)
-        mix = main[: hypernetwork.config.rank].mT  # (directions, rank)
-        down = (edit @ reader.seen @ directions @ mix).mT  # (rank, dim)
+    for index, edit in enumerate(edits):
+        overlap = edit.main.mT @ directions  # (main, directions)
+        mix = _most((overlap.mT * edit.sizes) @ overlap, hypernetwork.config.rank)
+        down = (edit.reads @ overlap @ mix).mT  # (rank, dim)
         hypernetwork.mix[index, : mix.shape[0], : mix.shape[1]] = mix.to(hypernetwork.mix)
         hypernetwork.down[index, : len(down)] = down.to(hypernetwork.down)
-    for up, weight in zip(hypernetwork.up, reader.weights, strict=True):
+    for up, weight in zip(hypernetwork.up, seen.weights, strict=True):
         up.zero_()
-        up[:, : directions.shape[1]] = (weight.cpu().double() @ reader.back @ directions).to(up)
+        up[:, : directions.shape[1]] = (weight @ seen.back @ directions).to(up)
+
+
+def _most(spread: Tensor, count: int) -> Tensor:
+    """The directions in which a symmetric matrix (n, n) is largest, (n, count) or fewer."""
+    return torch.linalg.eigh(spread)[1].flip(1)[:, :count]
 
 
 def _tell_apart(hypernetwork: EditsHypernetwork, material: GateMaterial, seed: int) -> None:
@@ -153,40 +184,43 @@ def _tell_apart(hypernetwork: EditsHypernetwork, material: GateMaterial, seed: i
             optimizer.step()
 
 
-def _kept_gram(config: TrainConfig, denoiser: DenoiserLike, rng: random.Random) -> Tensor:
-    """Mean of r r^T over states of retain phrases, anchors and the empty prompt, (dim, dim)."""
-    singles = split_templates(config.templates).single
+def _kept_texts(config: TrainConfig, rng: random.Random) -> list[str]:
+    """Retain phrases and anchors, each in two sentences that end with it."""
     phrases, limit = list(config.retain), config.objective.preserved
     if len(phrases) > limit:
         phrases = rng.sample(phrases, limit)
-    forms = (PLAIN_TEMPLATE, singles[0])
     anchors = dict.fromkeys(concept.anchor for concept in config.concepts)
-    texts = [fill(form, phrase) for phrase in (*phrases, *anchors) for form in forms]
-    gram, count = torch.zeros(()), 0
-    for start in range(0, len(texts), TEXTS_AT_ONCE):
-        some = texts[start : start + TEXTS_AT_ONCE]
-        states = _embed(denoiser, some)
-        parts = [
-            cross[[max(end - 1, 0), end, *_padding(end, len(cross))]]
-            for cross, end in zip(states, _ends(denoiser, some, states), strict=True)
-        ]
-        r = torch.cat(parts)
+    forms = (PLAIN_TEMPLATE, BARE_TEMPLATE)
+    return [fill(form, phrase) for phrase in (*phrases, *anchors) for form in forms]
+
+
+def _kept_gram(texts: _Texts, sentences: Sequence[str]) -> Tensor:
+    """Mean of r r^T over states of the sentences and of the empty prompt, (dim, dim)."""
+    empty = texts.embed([""])[0]
+    gram, count = empty.mT @ empty, len(empty)
+    for start in range(0, len(sentences), TEXTS_AT_ONCE):
+        r = texts.last_states(sentences[start : start + TEXTS_AT_ONCE])
         gram, count = gram + r.mT @ r, count + len(r)
-    empty = _embed(denoiser, [""])[0]
-    return (gram + empty.mT @ empty) / (count + len(empty))
+    return gram / count
 
 
-def _twins(config: TrainConfig, concept: ConceptConfig, rng: random.Random) -> Iterator[Twin]:
+def _forms(config: TrainConfig, rng: random.Random) -> tuple[str, ...]:
+    """Templates with one slot, the plainest among them."""
+    templates = split_templates(config.templates).single
+    chosen = rng.sample(templates, min(config.objective.sentences, len(templates)))
+    return tuple(dict.fromkeys((PLAIN_TEMPLATE, *chosen)))
+
+
+def _twins(
+    config: TrainConfig, concept: ConceptConfig, forms: Sequence[str], rng: random.Random
+) -> Iterator[Twin]:
     """Sentences that ask for a concept, alone and beside something that stays."""
-    settings = config.objective
-    templates = split_templates(config.templates)
-    count = min(settings.sentences, len(templates.single))
-    singles = dict.fromkeys((PLAIN_TEMPLATE, *templates.single[:count]))
+    pairs = split_templates(config.templates).pair
     for phrase in concept.target:
-        for form in singles:
+        for form in forms:
             yield Twin(_side(form, phrase), _side(form, concept.anchor))
-        for _ in range(settings.scenes):
-            form, other = rng.choice(templates.pair), rng.choice(config.retain)
+        for _ in range(config.objective.scenes if pairs else 0):
+            form, other = rng.choice(pairs), rng.choice(config.retain)
             before = () if rng.random() < 0.5 else (other,)
             after = () if before else (other,)
             target, anchor = (
@@ -203,10 +237,10 @@ def _side(form: str, *phrases: str, after: tuple[str, ...] = ()) -> Side:
     return Side(fill(form, *phrases, *after), fill(form[:end], *phrases))
 
 
-def _paired_states(denoiser: DenoiserLike, twins: Sequence[Twin]) -> tuple[Tensor, Tensor]:
+def _paired_states(texts: _Texts, twins: Sequence[Twin]) -> tuple[Tensor, Tensor]:
     """States of the prompts and what they are to be, (states, dim) each: the phrase's last word, all that follows, some padding."""
     sides = [
-        _located(denoiser, side)
+        texts.locate(side)
         for side in ([twin.target for twin in twins], [twin.anchor for twin in twins])
     ]
     pairs: tuple[list[Tensor], list[Tensor]] = ([], [])
@@ -221,42 +255,39 @@ def _paired_states(denoiser: DenoiserLike, twins: Sequence[Twin]) -> tuple[Tenso
     return c, m
 
 
-def _located(denoiser: DenoiserLike, sides: Sequence[Side]) -> list[tuple[Tensor, int, int]]:
-    """Of each side its states (length, dim), where its phrase's last word stands, and where the text ends."""
-    texts = [side.text for side in sides]
-    states = _embed(denoiser, texts)
-    ends = _ends(denoiser, texts, states)
-    words = _last_words(denoiser, [side.beginning for side in sides], states, ends)
-    return list(zip(states, words, ends, strict=True))
+class _Texts:
+    """Reads texts, and finds words in them."""
+
+    def __init__(self, denoiser: DenoiserLike) -> None:
+        self._denoiser = denoiser
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """States in double precision, (texts, length, dim)."""
+        return embed_in_batches(self._denoiser, texts, TEXTS_AT_ONCE).cross.cpu().double()
+
+    def last_states(self, texts: Sequence[str]) -> Tensor:
+        """States of each text's last word, of its end and of some padding, (states, dim)."""
+        parts = []
+        for states, ids in zip(self.embed(texts), self._denoiser.token_ids(texts), strict=True):
+            end = len(ids) - 1
+            parts.append(states[[max(end - 1, 0), end, *_padding(end, len(states))]])
+        return torch.cat(parts)
+
+    def locate(self, sides: Sequence[Side]) -> list[tuple[Tensor, int, int]]:
+        """Of each side its states (length, dim), where its phrase's last word stands, and where the text ends."""
+        ids = self._denoiser.token_ids([side.text for side in sides])
+        begun = self._denoiser.token_ids([side.beginning for side in sides])
+        states = self.embed([side.text for side in sides])
+        return [
+            (own, max(1, _shared(a, b) - 1), len(a) - 1)
+            for own, a, b in zip(states, ids, begun, strict=True)
+        ]
 
 
-def _embed(denoiser: DenoiserLike, texts: Sequence[str]) -> Tensor:
-    """States of texts in double precision, (texts, length, dim)."""
-    return embed_in_batches(denoiser, texts, TEXTS_AT_ONCE).cross.cpu().double()
-
-
-def _ends(denoiser: DenoiserLike, texts: Sequence[str], states: Tensor) -> list[int]:
-    """Where each text ends: the first state that changes when a word is added, for text encoders read from left to right."""
-    longer = _embed(denoiser, [f"{text} and" for text in texts])
-    return [_first_difference(a, b) for a, b in zip(states, longer, strict=True)]
-
-
-def _last_words(
-    denoiser: DenoiserLike, beginnings: Sequence[str], states: Tensor, ends: Sequence[int]
-) -> list[int]:
-    """Where the last word of each beginning stands in the text it begins."""
-    begun = _embed(denoiser, beginnings)
-    places = []
-    for a, b, end in zip(states, begun, ends, strict=True):
-        difference = _first_difference(a, b)
-        places.append(max(1, min(difference, end) - 1))
-    return places
-
-
-def _first_difference(a: Tensor, b: Tensor) -> int:
-    """The first state in which two encodings differ; their last if in none."""
-    differs = (a - b).norm(dim=-1) > SAME * a.norm(dim=-1).clamp(min=1e-6)
-    return int(differs.int().argmax()) if differs.any() else len(a) - 1
+def _shared(text: Sequence[int], beginning: Sequence[int]) -> int:
+    """How many tokens both begin with, the end of neither counted."""
+    pairs = zip(text[:-1], beginning[:-1], strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), len(beginning) - 1)
 
 
 def _padding(end: int, length: int) -> list[int]:

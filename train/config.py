@@ -326,11 +326,11 @@ class ObjectiveConfig(BaseModel):
     separate_retention: bool = True
     retain_steps: Count = 1
     retain_lr: Positive | None = None
-    sentences: Count = 12
+    sentences: Count = 24
     scenes: Annotated[int, Field(ge=0)] = 8
     preserved: Count = 1000
     preserve: Number = 1.0
-    identity: Positive = 1e-4
+    identity: Positive = 1e-2
 
     @model_validator(mode="before")
     @classmethod

@@ -37,6 +37,10 @@ class DenoiserLike(Protocol):
 
     def embed(self, texts: Sequence[str]) -> TextBatch: ...
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts as the states of ``embed`` stand for them, from the first to the one that ends the text."""
+        ...
+
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors of ``embed``, (texts, embedding_dim), fast."""
         ...

@@ -61,6 +61,10 @@ class NarrowWorld:
         states, pooled = self._text(self._tokenize(texts))
         return TextBatch(states, pooled, pooled)
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts, each up to the one that ends the text."""
+        return [row[: row.index(EOS) + 1] for row in self._tokenize(texts).tolist()]
+
     @torch.no_grad()
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors, (texts, 768)."""

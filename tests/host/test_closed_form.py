@@ -91,11 +91,14 @@ def test_the_same_seed_gives_the_same_pack(world: NarrowWorld, tmp_path: Path) -
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_words_are_found_without_a_tokenizer(world: NarrowWorld) -> None:
+def test_words_are_found_where_they_stand(world: NarrowWorld) -> None:
+    reader = closed_form._Texts(world)
     side = closed_form.Side("a tabby cat on a bus", "a tabby cat")
-    ((_, word, end),) = closed_form._located(world, [side])
+    ((_, word, end),) = reader.locate([side])
     assert end == int(world.token_embeddings([side.text]).ends[0])
     assert word == int(world.token_embeddings([side.beginning]).ends[0]) - 1
+    ((_, word, _),) = reader.locate([closed_form.Side("two cats", "two cat")])
+    assert word == 1  # "cats" is a token of its own: the last that both share
 
 
 def test_a_phrase_is_found_where_it_was_put() -> None:
@@ -108,8 +111,10 @@ def test_a_phrase_is_found_where_it_was_put() -> None:
 
 
 def test_scenes_cut_where_the_phrase_ends(tmp_path: Path) -> None:
-    settings = config(tmp_path / "none.safetensors")
-    for twin in closed_form._twins(settings, settings.concepts[0], random.Random(0)):
+    settings, rng = config(tmp_path / "none.safetensors"), random.Random(0)
+    for twin in closed_form._twins(
+        settings, settings.concepts[0], closed_form._forms(settings, rng), rng
+    ):
         for side, phrases in ((twin.target, ("cat", "kitty")), (twin.anchor, ("an empty meadow",))):
             assert side.beginning.endswith(phrases)
             assert side.text.startswith(side.beginning)

@@ -127,6 +127,10 @@ class Denoiser:
         self._load()
         return batch.to(self.device)
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens of prompts, each up to the one that ends the text."""
+        return self._text.token_ids(texts)
+
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors of ``embed``, (texts, embedding_dim), fast."""
         pooled = self._text.embed_pooled(texts)

@@ -160,6 +160,15 @@ class TextEncoder:
             raise ValueError("There is no text to encode; give at least one.")
         return pooled
 
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Tokens that CLIP-L gets of prompts, each up to the one that ends the text.
+
+        Raises:
+            ValueError: a prompt is too long.
+        """
+        every = [prompt.ids for prompt in self._tokenize(texts)]
+        return [ids[: ids.index(self.end) + 1] for ids in every]
+
     @torch.no_grad()
     def token_embeddings(self, texts: Sequence[str]) -> Tokens:
         """Tokens of prompts, for ``encode_embeddings``.
