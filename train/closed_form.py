@@ -71,8 +71,17 @@ def edit_in_closed_form(
     """
     seen = Seen.of(denoiser.target_weights())
     factorize(hypernetwork, solve_edits(config, denoiser, seen, tick), seen)
-    if len(config.concepts) > 1:
-        _tell_apart(hypernetwork, material, config.seed)
+    tell_apart(hypernetwork, material, config.seed)
+
+
+def texts_to_read(config: TrainConfig) -> int:
+    """How many prompts solving for all edits encodes."""
+    rng = random.Random(0)
+    kept, forms, count = _kept_texts(config, rng), _forms(config, rng), 0
+    for concept in config.concepts:
+        twins = list(_twins(config, concept, forms, rng))
+        count += len({t.target.text for t in twins}) + len({t.anchor.text for t in twins})
+    return len(set(kept)) + count
 
 
 @dataclass(frozen=True)
@@ -165,8 +174,12 @@ def _most(spread: Tensor, count: int) -> Tensor:
     return torch.linalg.eigh(spread)[1].flip(1)[:, :count]
 
 
-def _tell_apart(hypernetwork: EditsHypernetwork, material: GateMaterial, seed: int) -> None:
-    """Train the shares of the concepts on noisy embeddings of prompts that ask for one."""
+def tell_apart(
+    hypernetwork: EditsHypernetwork, material: GateMaterial, seed: int, *, steps: int = STEPS
+) -> None:
+    """Train the shares of the concepts, if there are several, on noisy embeddings of prompts that ask for one."""
+    if hypernetwork.config.num_concepts == 1:
+        return
     device = hypernetwork.down.device
     generator = torch.Generator().manual_seed(seed)
     embeddings = hypernetwork.standardize(material.positives.to(device))
@@ -174,7 +187,7 @@ def _tell_apart(hypernetwork: EditsHypernetwork, material: GateMaterial, seed: i
         hypernetwork.trunk.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY
     )
     with torch.enable_grad():
-        for _ in range(STEPS):
+        for _ in range(steps):
             chosen = torch.randint(len(embeddings), (BATCH_SIZE,), generator=generator)
             x = embeddings[chosen.to(device)]
             x = x + torch.randn(x.shape, generator=generator).to(x)

@@ -270,7 +270,7 @@ OBJECTIVE_SETTINGS: Mapping[str, frozenset[ObjectiveName]] = {
 """Which objectives a setting belongs to; those that are not here belong to all."""
 OBJECTIVE_DEFAULTS: Mapping[ObjectiveName, Mapping[str, object]] = {
     ObjectiveName.MATCHING: {"eta": "auto"},
-    ObjectiveName.CLOSED_FORM: {"negative_guidance": 0.0},
+    ObjectiveName.CLOSED_FORM: {"negative_guidance": 0.1},
 }
 """Where an objective has other defaults than the rest."""
 EDITS_DEFAULTS: Mapping[str, object] = {
@@ -294,7 +294,7 @@ class ObjectiveConfig(BaseModel):
     """The loss.
 
     Attributes:
-        negative_guidance: how far beyond the anchor to push, gamma (0 by default of ``closed-form``).
+        negative_guidance: how far beyond the anchor to push, gamma (0.1 by default of ``closed-form``).
         full_strength: share of samples at s = S; the others draw s uniformly.
         weight_retention: factor of the squared LoRA norm of retain prompts.
         retain_batch_size: retain embeddings a step.

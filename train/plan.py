@@ -21,9 +21,18 @@ from unhype.checkpoint import to_plain
 from unhype.gate import Gate
 from unhype.host.locate import has_accelerator
 from unhype.host.text import TextBatch
-from unhype.hypernetwork import Hypernetwork
+from unhype.hypernetwork import EditsHypernetwork, Hypernetwork
 
-from .config import ConfigError, ObjectiveName, TrainConfig
+from .closed_form import (
+    STEPS,
+    TEXTS_AT_ONCE,
+    Seen,
+    factorize,
+    solve_edits,
+    tell_apart,
+    texts_to_read,
+)
+from .config import ConfigError, TrainConfig
 from .denoiser import DenoiserLike
 from .discovery import PICTURES, STOPS, Speaking
 from .gate import GateMaterial, fit_gate, gather
@@ -31,7 +40,7 @@ from .loop import Event, Report, Setting, run_loop
 from .memory import step_share
 from .objectives import MEASURED_BATCHES, Material, Objective, make_objective
 from .objectives.oracle import MOST, mean_gradient
-from .prompts import forget_prompts
+from .prompts import PLAIN_TEMPLATE, fill, forget_prompts
 from .run import check_trainable, describe, needs_eta, new_hypernetwork, prompts_at_once
 from .trajectories import Pool, collect, draw
 
@@ -112,10 +121,6 @@ def estimate(
     processes = PartialState(cpu=not has_accelerator())
     if processes.num_processes > 1:
         raise ConfigError("A plan is made in one process; run it without `accelerate launch`.")
-    if config.objective.name is ObjectiveName.CLOSED_FORM:
-        raise ConfigError(
-            "objective.name closed-form takes no training steps, so there is nothing to plan: train it, it takes seconds to minutes."
-        )
     report = progress or (lambda event: None)
     clock = Clock(denoiser.device)
 
@@ -130,13 +135,46 @@ def estimate(
     gate_step, gate = clock.time(lambda: fit_gate(few, material, lambda *_: None))
     gate_step /= GATE_STEPS
 
+    hypernetwork = new_hypernetwork(config, denoiser, material)
+    before = {
+        "loading the model": load_seconds,
+        "reading prompts": prompt * len(texts),
+        "training the gate": gate_step * config.gate.steps,
+    }
+    if isinstance(hypernetwork, EditsHypernetwork):
+        report(Event("solving for one edit", 0, 1))
+        solving = _solving(config, denoiser, hypernetwork, material, clock)
+        asking = _asking_alone(config, denoiser, prompt, clock)
+        weights, description = _pack_bytes(config, denoiser, hypernetwork, gate)
+        memory, device_memory = _memory(denoiser.device, 0)
+        return Plan(
+            device=str(denoiser.device),
+            step_seconds={"reading a prompt": prompt, "gate": gate_step, "edit": solving.one},
+            seconds={
+                **before,
+                "asking for other words": asking,
+                "reading sentences": solving.reading,
+                "solving for edits": solving.algebra,
+            },
+            target_modules=len(denoiser.targets),
+            target_parameters=sum(t.in_features * t.out_features for t in denoiser.targets),
+            hypernetwork_parameters=_count(hypernetwork),
+            gate_parameters=_count(gate),
+            pool_bytes=0,
+            pool_file_bytes=0,
+            state_bytes=0,
+            pack_bytes=weights + description,
+            weight_bytes=weights,
+            memory=memory,
+            device_memory=device_memory,
+        )
+
     report(Event("some steps of a trajectory", 0, 1))
     rollout_step, prediction, rollouts, pool = _trajectories(config, denoiser, clock)
     at_once = len(pool.prompt)
 
     report(Event("some steps of training", 0, 1))
     setting = Setting("plan", processes, lambda event: None, threading.Event())
-    hypernetwork = new_hypernetwork(config, denoiser, material)
     objective = _objective(config, denoiser, hypernetwork, pool, material)
     check, _ = clock.once(lambda: check_trainable(denoiser, pool))
     eta = _eta(config, objective, clock)
@@ -161,12 +199,10 @@ def estimate(
             "training": training_step,
         },
         seconds={
-            "loading the model": load_seconds,
+            **before,
             "asking for other words": _discovery(
                 config, denoiser, prompt, rollout_step / at_once, prediction / at_once
             ),
-            "reading prompts": prompt * len(texts),
-            "training the gate": gate_step * config.gate.steps,
             "collecting trajectories": rollouts,
             "checking the gradient": check,
             "measuring eta": eta,
@@ -284,6 +320,55 @@ def _objective(
             material.negatives.to(denoiser.device),
         ),
     )
+
+
+@dataclass(frozen=True)
+class _Solving:
+    """Seconds that edits in closed form take: to read their sentences, for all else, and all of it for one."""
+
+    reading: float
+    algebra: float
+    one: float
+
+
+def _solving(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    hypernetwork: EditsHypernetwork,
+    material: GateMaterial,
+    clock: Clock,
+) -> _Solving:
+    """Solve for one edit, with few sentences of what stays; sentences and edits then count."""
+    few = _changed(config, "objective", preserved=1).model_copy(
+        update={"concepts": config.concepts[:1]}
+    )
+    sentences = [fill(PLAIN_TEMPLATE, phrase) for phrase in config.retain[:TEXTS_AT_ONCE]]
+    reading, _ = clock.time(lambda: denoiser.embed(sentences))
+    reading /= len(sentences)
+    weighing, seen = clock.once(lambda: Seen.of(denoiser.target_weights()))
+    one, edits = clock.time(lambda: solve_edits(few, denoiser, seen, lambda *_: None))
+    algebra = max(0.0, one - reading * texts_to_read(few))
+    num = len(config.concepts)
+    writing, _ = clock.once(lambda: factorize(hypernetwork, edits * num, seen))
+    telling, _ = clock.once(
+        lambda: tell_apart(hypernetwork, material, config.seed, steps=GATE_STEPS)
+    )
+    return _Solving(
+        reading * texts_to_read(config),
+        weighing + algebra * num + writing + telling * STEPS / GATE_STEPS,
+        one,
+    )
+
+
+def _asking_alone(
+    config: TrainConfig, denoiser: DenoiserLike, prompt: float, clock: Clock
+) -> float:
+    """Seconds of asking for other words where nothing else follows trajectories."""
+    if not config.discovery.words:
+        return 0.0
+    rollout_step, prediction, _, pool = _trajectories(config, denoiser, clock)
+    at_once = len(pool.prompt)
+    return _discovery(config, denoiser, prompt, rollout_step / at_once, prediction / at_once)
 
 
 def _discovery(
