@@ -26,7 +26,7 @@ from rich.table import Table
 
 from demo.world.bench import DemoWorld
 from demo.world.concepts import load_held_out
-from train.config import TrainConfig
+from train.config import TrainConfig, in_closed_form
 from train.denoiser import DenoiserLike
 from train.evaluate.base import Evaluator, Kind, PictureModel, Question, Sampling, Task
 from train.evaluate.compare import FIRST_SEED, read_cell
@@ -51,7 +51,7 @@ MOST_ERASED_LEFT, MOST_KEPT_LOST = 0.05, 0.03
 PROBE_SHARE = 0.1
 """Of the limit; after it the authors' recipe nearest to the goal goes on alone."""
 EARLY = (1 / 8, 1 / 4, 3 / 8, 1 / 2)
-OURS = "ours"
+OURS, DIRECT = "ours", "ours direct"
 DEFAULT_PARTS = ("race", "cost")
 PARTS = (*DEFAULT_PARTS, "step")
 STEP_SIZE, WARMUP = 512, 5
@@ -67,7 +67,7 @@ class Plan:
         limit: seconds of training that the authors' loop has.
         every: seconds between its exams; before the first of them are more, at ``EARLY`` shares of it.
         targets, unrelated: pictures of an exam.
-        lengths: steps of our runs.
+        lengths: steps of our runs on trajectories.
         counts: numbers of concepts whose cost is measured.
         steps: training steps timed.
     """
@@ -154,7 +154,7 @@ def choose_pictures(questions: Sequence[Question], plan: Plan) -> Sheet:
 def race(
     world: DemoWorld, model: PictureModel, plan: Plan, console: Console, *, quick: bool = False
 ) -> dict[str, Any]:
-    """Seconds to the goal, by the authors' loop and by ours, on one concept."""
+    """Seconds to the goal, by the authors' loop, by ours in closed form and by ours on trajectories, on one concept."""
     task = world.task(1, 0)
     evaluator, sheet = world.evaluator(), choose_pictures(task.questions, plan)
     base = draw_sheet(sheet, model, evaluator, NoEraser(), world.sampling)
@@ -162,16 +162,23 @@ def race(
     start = exam.grade(NoEraser(), 0.0, 0)
     goal = Goal(MOST_ERASED_LEFT, start.acc_s - MOST_KEPT_LOST)
     console.print(f"race: {task.config.concepts[0].name}, at first {_percent(start)}")
-    ours = [_run_ours(exam, _shorten(task.config, quick), steps, console) for steps in plan.lengths]
+    config = _shorten(task.config, quick)
+    ours = [_run_ours(exam, _shorten(in_closed_form(task.config), quick), 1, console)]
+    direct = [_run_ours(exam, config, steps, console) for steps in plan.lengths]
     authors = run_authors(exam, task, goal, plan, console)
+    by_direct = compare(direct, authors, goal, plan.limit)
     return {
         "concept": task.config.concepts[0].name,
         "plan": asdict(plan),
         "base": {"acc_e": start.acc_e, "acc_s": start.acc_s},
         "goal": asdict(goal),
         **compare(ours, authors, goal, plan.limit),
+        "authors_over_direct_time": by_direct["authors_over_ours_time"],
+        "direct_seconds": by_direct["ours_seconds"],
+        "direct_steps": by_direct["ours_steps"],
         "curves": {
             OURS: [asdict(point) for point in ours],
+            DIRECT: [asdict(point) for point in direct],
             **{name: [asdict(point) for point in curve] for name, curve in authors.items()},
         },
         "recipes": {name: asdict(recipe) for name, recipe in RECIPES.items()},
@@ -232,14 +239,14 @@ def compare(
 
 
 def _run_ours(exam: Exam, config: TrainConfig, steps: int, console: Console) -> Checkpoint:
-    """A run of so many steps with all that belongs to it, and its exam."""
+    """A run of so many steps (closed form takes one) with all that belongs to it, and its exam."""
     settings = config.train.model_copy(update={"steps": steps})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pack.safetensors"
         seconds, _ = _train(config.model_copy(update={"train": settings}), exam.model, path)
         eraser = PackEraser(checkpoint.load(path))
     point = exam.grade(eraser, seconds, steps)
-    console.print(f"race: ours: {_describe(point)}")
+    console.print(f"race: ours, {config.objective.name.value}: {_describe(point)}")
     return point
 
 
@@ -489,9 +496,15 @@ def _verdict(results: dict[str, Any]) -> str:
     if ratio is None:
         return "Our runs did not reach the goal."
     least = "at least " if results["is_lower_bound"] else ""
+    by_direct = results["authors_over_direct_time"]
+    direct = (
+        "and ours on trajectories did not reach the goal"
+        if by_direct is None
+        else f"and {least}{by_direct:.1f} times as long as {results['direct_steps']} steps of ours on trajectories"
+    )
     return (
         f"The authors' loop ({results['authors_recipe']}) takes {least}{ratio:.1f} times as long as "
-        f"{results['ours_steps']} steps of ours."
+        f"ours in closed form, {direct}."
     )
 
 

@@ -553,6 +553,16 @@ class TrainConfig(BaseModel):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
+def in_closed_form(config: TrainConfig) -> TrainConfig:
+    """The same run with the objective ``closed-form`` and what else is default there."""
+    update = {
+        "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
+        "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
+        "gate": config.gate.model_copy(update=dict(LENIENT_GATE)),
+    }
+    return config.model_copy(update=update)
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML config; ``overrides`` are ``key.key=value`` and win over the file."""
     try:

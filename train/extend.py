@@ -21,15 +21,26 @@ from torch import Tensor, nn
 from unhype import checkpoint
 from unhype.checkpoint import Calibration, ConceptInfo, Pack, PackInfo, to_plain
 from unhype.gate import Gate
-from unhype.hypernetwork import Architecture, Hypernetwork, make_hypernetwork
+from unhype.hypernetwork import Architecture, EditsHypernetwork, Hypernetwork, make_hypernetwork
 from unhype.lora import LoRAFactors
 
 from . import state
 from .calibrate import target_prompts
-from .config import ConfigError, NetworkConfig, ObjectiveName, TrainConfig, make_config
+from .closed_form import Seen, solve_edits
+from .config import (
+    EDITS_DEFAULTS,
+    ConfigError,
+    NetworkConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    TrainConfig,
+    in_closed_form,
+    make_config,
+)
 from .denoiser import DenoiserLike, check_family
+from .extend_edits import grow_edits, tell_new_apart, without_edits
 from .gate import Embed, GateMaterial, gather, train_gate
-from .loop import Report, run_loop
+from .loop import Report, Setting, run_loop
 from .objectives import Material, Phase
 from .objectives.base import accumulate
 from .objectives.direct import Direct
@@ -44,6 +55,7 @@ from .run import (
     lora_norms,
     measure_in_parts,
     prompts_at_once,
+    record_solved,
     started,
     ticker,
 )
@@ -196,19 +208,20 @@ def extend(
         )
         gate = join_gates(pack.gate, part)
         old = pack.hypernetwork.to(denoiser.device)
-        hypernetwork = grow(old, growth.atoms, config.seed).to(denoiser.device)
-        forget, retain = collect_pools(config, denoiser, setting)
-        check_trainable(denoiser, forget)
-        kept = kept.to(denoiser.device)
-        negatives = material.negatives.to(denoiser.device)
-        objective = Extension(
-            Direct(config.objective, hypernetwork, denoiser, Material(forget, retain, negatives)),
-            old,
-            kept,
-            growth.keep_weight,
-            unit=max(_mean_squared_norm(old, kept), 1e-12),
-        )
-        share = run_loop(config, setting, hypernetwork, objective)
+        if isinstance(old, EditsHypernetwork):
+            begin_solving = time.perf_counter()
+            seen = Seen.of(denoiser.target_weights())
+            tick = ticker(report, "solving for edits")
+            edits = solve_edits(config, denoiser, seen, tick)
+            hypernetwork = grow_edits(old, edits, seen, config)
+            tell_new_apart(hypernetwork, old, material, kept, config.seed)
+            record_solved(setting, hypernetwork, time.perf_counter() - begin_solving)
+            figures: Mapping[str, float] = {}
+        else:
+            hypernetwork = grow(old, growth.atoms, config.seed).to(denoiser.device)
+            figures = _train_further(
+                config, denoiser, setting, (old, hypernetwork), (material, kept), growth
+            )
 
     _round_to_stored(hypernetwork)
     changes = _changes(hypernetwork, old, check, pack.info.concept_names)
@@ -216,7 +229,7 @@ def extend(
         gate, pack.gate, torch.cat([check.embeddings, material.held_negatives])
     )
     metrics: dict[str, object] = {
-        **measure_in_parts(config, objective, share),
+        **figures,
         **lora_norms(hypernetwork, material),
         "extension": {
             "pack": pack.name,
@@ -240,6 +253,35 @@ def extend(
             config.output.name,
         )
     return Extended(config.output, time.monotonic() - begin, changes, gate_difference, metrics)
+
+
+def _train_further(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    setting: Setting,
+    networks: tuple[Hypernetwork, Hypernetwork],
+    texts: tuple[GateMaterial, Tensor],
+    growth: Growth,
+) -> Mapping[str, float]:
+    """Train the second network on the new concepts while it keeps to the first on prompts of the old; what was measured.
+
+    Args:
+        texts: of the new concepts, and embeddings of the old ones' prompts.
+    """
+    (old, hypernetwork), (material, kept) = networks, texts
+    forget, retain = collect_pools(config, denoiser, setting)
+    check_trainable(denoiser, forget)
+    kept = kept.to(denoiser.device)
+    negatives = material.negatives.to(denoiser.device)
+    objective = Extension(
+        Direct(config.objective, hypernetwork, denoiser, Material(forget, retain, negatives)),
+        old,
+        kept,
+        growth.keep_weight,
+        unit=max(_mean_squared_norm(old, kept), 1e-12),
+    )
+    share = run_loop(config, setting, hypernetwork, objective)
+    return measure_in_parts(config, objective, share)
 
 
 def remove(path: Path, names: Sequence[str], output: Path) -> PackInfo:
@@ -285,7 +327,11 @@ def remove(path: Path, names: Sequence[str], output: Path) -> PackInfo:
         metrics={"removal": removal},
         version=metadata.version("unhype"),
     )
-    checkpoint.save(output, written, pack.hypernetwork, gate)
+    hypernetwork = pack.hypernetwork
+    if isinstance(hypernetwork, EditsHypernetwork):
+        hypernetwork = without_edits(hypernetwork, stay)
+        written = replace(written, hypernetwork=hypernetwork.config)
+    checkpoint.save(output, written, hypernetwork, gate)
     return written
 
 
@@ -295,7 +341,7 @@ def fitting(pack: Pack, config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: the pack erases one of the concepts already, or the config asks for what an extension cannot do.
     """
-    _refuse_edits(pack)
+    config = _of_its_kind(pack, config)
     names = set(pack.info.concept_names)
     erased = [phrase for concept in pack.info.concepts for phrase in concept.target]
     known = {form for phrase in erased for form in forms(phrase)}
@@ -318,19 +364,22 @@ def fitting(pack: Pack, config: TrainConfig) -> TrainConfig:
                 f"A new phrase stands in every phrase of {concept.name!r}, which {pack.name} erases: "
                 f"{', '.join(concept.target)}. No prompt could tell the two apart. Train both anew, or give other phrases."
             )
-    if config.objective.name is not ObjectiveName.DIRECT:
+    sizes = pack.info.hypernetwork
+    edits = sizes.architecture is Architecture.EDITS
+    wanted = ObjectiveName.CLOSED_FORM if edits else ObjectiveName.DIRECT
+    if config.objective.name is not wanted:
         raise ConfigError(
-            f"objective.name is {config.objective.name.value}, but a pack is extended with {ObjectiveName.DIRECT.value}. "
+            f"objective.name is {config.objective.name.value}, but {pack.name} is extended with {wanted.value}. "
             "Leave objective.name out."
         )
-    sizes = pack.info.hypernetwork
     own = NetworkConfig(
         architecture=sizes.architecture,
         rank=sizes.rank,
         hidden_dim=sizes.hidden_dim,
         num_steps=sizes.num_steps,
     )
-    if config.network not in (own, NetworkConfig()):
+    given = NetworkConfig.model_validate(EDITS_DEFAULTS) if edits else NetworkConfig()
+    if config.network not in (own, given):
         name, wanted = next(
             (name, value) for name, value in config.network if value != getattr(own, name)
         )
@@ -437,12 +486,11 @@ def _linear(gate: Gate) -> tuple[nn.Linear, nn.Linear]:
     return first, last
 
 
-def _refuse_edits(pack: Pack) -> None:
-    if pack.info.hypernetwork.architecture is Architecture.EDITS:
-        raise ConfigError(
-            f"{pack.name} holds edits solved for together, which are not extended. Train all concepts anew with "
-            "objective.name closed-form; it takes seconds to minutes."
-        )
+def _of_its_kind(pack: Pack, config: TrainConfig) -> TrainConfig:
+    """The config in closed form if the pack holds edits and the config names no objective."""
+    edits = pack.info.hypernetwork.architecture is Architecture.EDITS
+    untold = config.objective == ObjectiveConfig() and config.network == NetworkConfig()
+    return in_closed_form(config) if edits and untold else config
 
 
 def _refuse_same(path: Path, output: Path) -> None:
@@ -564,10 +612,15 @@ def _refuse_moved(
         return
     if processes.is_main_process:
         state.state_path(config.output).unlink(missing_ok=True)
+    advice = (
+        f"Train longer (train.steps, now {config.train.steps}) or raise --keep-weight (now {growth.keep_weight:g}); "
+        "--force writes it anyway. The trajectories are kept for it."
+        if config.objective.name is ObjectiveName.DIRECT
+        else "Prompts for it read too much like those for a new concept: give other phrases, or --force to write it anyway."
+    )
     raise MovedError(
         f"The extension has changed the LoRA of {name!r} by {change.mean:.1%} on average ({change.worst:.1%} at worst), "
-        f"more than {LIMIT:.0%}. No pack was written. Train longer (train.steps, now {config.train.steps}) or raise "
-        f"--keep-weight (now {growth.keep_weight:g}); --force writes it anyway. The trajectories are kept for it."
+        f"more than {LIMIT:.0%}. No pack was written. {advice}"
     )
 
 

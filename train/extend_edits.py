@@ -15,6 +15,8 @@ from .closed_form import BATCH_SIZE, LEARNING_RATE, STEPS, WEIGHT_DECAY, Edit, S
 from .config import EDITS_DEFAULTS, NetworkConfig, TrainConfig
 from .gate import GateMaterial
 
+DEFAULTS = NetworkConfig.model_validate(EDITS_DEFAULTS)
+
 
 @torch.no_grad()
 def grow_edits(
@@ -26,13 +28,13 @@ def grow_edits(
         config: of the new concepts.
     """
     sizes, num = old.config, len(edits)
-    directions = min(NetworkConfig.model_validate(EDITS_DEFAULTS).directions, sizes.rank * num)
+    directions = min(DEFAULTS.directions, sizes.rank * num)
+    hidden = DEFAULTS.hidden_dim + (sizes.hidden_dim if sizes.num_concepts > 1 else 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         added = EditsHypernetwork(
             replace(sizes, num_concepts=num, directions=directions), old.targets
         )
-        hidden = sizes.hidden_dim * (1 + (sizes.num_concepts > 1))
         grown = EditsHypernetwork(
             replace(
                 sizes,
@@ -68,9 +70,9 @@ def tell_new_apart(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         trunk = nn.Sequential(
-            nn.Linear(old.config.embedding_dim, old.config.hidden_dim),
+            nn.Linear(old.config.embedding_dim, DEFAULTS.hidden_dim),
             nn.SiLU(),
-            nn.Linear(old.config.hidden_dim, num_new),
+            nn.Linear(DEFAULTS.hidden_dim, num_new),
         )
     generator = torch.Generator().manual_seed(seed)
     standardize, shares = old.standardize.cpu(), old.cpu().shares

@@ -188,7 +188,12 @@ def solve(
     begin = time.perf_counter()
     tick = ticker(setting.report, "solving for edits")
     edit_in_closed_form(config, denoiser, hypernetwork, material, tick)
-    done = Step(1, 1, {}, {}, time.perf_counter() - begin, hypernetwork)
+    record_solved(setting, hypernetwork, time.perf_counter() - begin)
+
+
+def record_solved(setting: Setting, hypernetwork: Hypernetwork, seconds: float) -> None:
+    """Tell the recorders of a run whose only step is the solution."""
+    done = Step(1, 1, {}, {}, seconds, hypernetwork)
     for recorder in setting.recorders:
         recorder.begin(0)
         recorder.record(done)

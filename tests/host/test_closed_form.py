@@ -10,8 +10,10 @@ import torch
 
 from demo.world.narrow import NarrowWorld
 from train import closed_form
-from train.config import ConfigError, TrainConfig, make_config
-from train.extend import fitting
+from train.closed_form import texts_to_read
+from train.config import ConfigError, ObjectiveName, TrainConfig, make_config
+from train.extend import Extended, extend, fitting, remove
+from train.plan import estimate
 from train.run import train
 from unhype import checkpoint
 from unhype.lora import LoRAFactors
@@ -128,6 +130,104 @@ def test_edits_and_closed_form_need_one_another(tmp_path: Path) -> None:
         make_config({**plain, "objective": {"name": "direct", "preserve": 1.0}})
 
 
-def test_edits_are_not_extended(pack: checkpoint.Pack, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="Train all concepts anew"):
-        fitting(pack, config(tmp_path / "none.safetensors"))
+@pytest.fixture(scope="module")
+def extended(
+    world: NarrowWorld, pack: checkpoint.Pack, tmp_path_factory: pytest.TempPathFactory
+) -> Extended:
+    """The same pack with pizza, and with guitars."""
+    folder = tmp_path_factory.mktemp("extended")
+    old = folder / "old.safetensors"
+    checkpoint.save(old, pack.info, pack.hypernetwork, pack.gate)
+    new = config(folder / "new.safetensors").plain()
+    concepts = [
+        {"name": name, "target": [name], "anchor": "an empty meadow"}
+        for name in ("pizza", "guitar")
+    ]
+    retain = ["tiger", "dog", "bus", "tree", "a house", "rose"]
+    return extend(old, make_config({**new, "concepts": concepts, "retain": retain}), denoiser=world)
+
+
+def test_an_extended_pack_still_does_the_same_for_its_old_concepts(
+    world: NarrowWorld, pack: checkpoint.Pack, extended: Extended
+) -> None:
+    new = checkpoint.load(extended.path)
+    assert new.info.concept_names == ("cat", "bomb", "pizza", "guitar")
+    assert new.info.hypernetwork.num_concepts == 4
+    assert max(change.mean for change in extended.changes.values()) < 0.02
+    assert extended.gate_difference < 1e-5
+    embedding = world.embed_pooled(["here is a kitty"])
+    before, after = (p.hypernetwork.generate(embedding).delta(0) for p in (pack, new))
+    assert (after - before).norm() < 0.02 * before.norm()
+
+
+def test_an_extended_pack_erases_the_new_too(world: NarrowWorld, extended: Extended) -> None:
+    new = checkpoint.load(extended.path)
+    for target in ("pizza", "guitar"):
+        text = f"a photo of a {target}"
+        embedding = world.embed_pooled([text])
+        assert new.gate.read(embedding).fired[0].nonzero().flatten().tolist() == [
+            new.info.concept_names.index(target)
+        ]
+        wanted = outputs(world, "a photo of an empty meadow")[-1]
+        plain = outputs(world, text)[-1]
+        edited = outputs(world, text, new.hypernetwork.generate(embedding))[-1]
+        assert (edited - wanted).norm() < 0.35 * (plain - wanted).norm()
+
+
+def test_an_extended_pack_can_be_extended_again_and_its_settings_default_to_its_own(
+    world: NarrowWorld, extended: Extended, tmp_path: Path
+) -> None:
+    plain = config(tmp_path / "again.safetensors").plain()
+    data = {key: plain[key] for key in ("checkpoint", "output", "retain")}
+    rose = [{"name": "rose", "target": ["rose"], "anchor": "an empty meadow"}]
+    data |= {"concepts": rose, "retain": ["tiger", "dog", "bus", "tree", "a house"]}
+    settings = fitting(checkpoint.load(extended.path), make_config(data))
+    assert settings.objective.name is ObjectiveName.CLOSED_FORM
+    gate = settings.gate.model_copy(update={"steps": 100, "num_positives": 40})
+    settings = settings.model_copy(update={"gate": gate})
+    again = extend(extended.path, settings, denoiser=world)
+    assert checkpoint.load(again.path).info.hypernetwork.num_concepts == 5
+    assert max(change.mean for change in again.changes.values()) < 0.02
+
+
+def test_a_removed_edit_is_gone_and_the_others_stay(
+    world: NarrowWorld, extended: Extended, tmp_path: Path
+) -> None:
+    output = tmp_path / "less.safetensors"
+    remove(extended.path, ["bomb", "pizza", "guitar"], output)
+    before, after = checkpoint.load(extended.path), checkpoint.load(output)
+    sizes = after.info.hypernetwork
+    assert (sizes.num_concepts, sizes.directions) == (1, sizes.rank)  # no direction of the others
+    embedding = world.embed_pooled(["a photo of a cat"])
+    for index in range(len(after.info.targets)):
+        old, new = (p.hypernetwork.generate(embedding).delta(index) for p in (before, after))
+        assert (new - old).norm() < 0.02 * old.norm()
+    two = tmp_path / "two.safetensors"
+    remove(extended.path, ["cat", "guitar"], two)
+    left = checkpoint.load(two)
+    assert left.info.concept_names == ("bomb", "pizza")
+    embedding = world.embed_pooled(["a photo of a pizza"])
+    old, new = (p.hypernetwork.generate(embedding).delta(0) for p in (before, left))
+    assert (new - old).norm() < 0.02 * old.norm()
+
+
+def test_an_extension_of_edits_is_in_closed_form(pack: checkpoint.Pack, tmp_path: Path) -> None:
+    plain = config(tmp_path / "none.safetensors").plain()
+    rose = [{"name": "rose", "target": ["rose"], "anchor": "an empty meadow"}]
+    data = {key: plain[key] for key in ("checkpoint", "output")} | {"concepts": rose}
+    data |= {"retain": ["tiger", "dog"], "objective": {"name": "joint"}}
+    with pytest.raises(ConfigError, match="is extended with closed-form"):
+        fitting(pack, make_config(data))
+
+
+def test_a_plan_of_closed_form_is_of_its_size_and_time(world: NarrowWorld, tmp_path: Path) -> None:
+    settings = config(tmp_path / "planned.safetensors")
+    planned = estimate(settings, world)
+    result = train(settings, denoiser=world)
+    assert planned.pack_bytes == pytest.approx(result.path.stat().st_size, abs=300)
+    assert planned.pool_bytes == planned.state_bytes == 0
+    assert all(seconds >= 0 for seconds in planned.seconds.values())
+    assert planned.seconds["reading sentences"] > 0
+    assert texts_to_read(settings) > texts_to_read(
+        settings.model_copy(update={"concepts": settings.concepts[:1]})
+    )

@@ -20,7 +20,7 @@ def test_the_quick_run_writes_every_figure(comfy: Path, tmp_path: Path) -> None:
     training = results["training"]
     assert training["authors_seconds"] > 0
     assert training["is_lower_bound"] is not training["authors_reached"]
-    assert set(training["curves"]) == {"ours", *training["recipes"]}
+    assert set(training["curves"]) == {"ours", "ours direct", *training["recipes"]}
     assert all(point["seconds"] > 0 for point in training["curves"]["ours"])
     assert set(training["cost"]) == {"1", "4"}
     assert training["cost"]["1"]["over_one"] == 1

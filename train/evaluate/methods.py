@@ -17,13 +17,12 @@ from unhype.hypernetwork import Architecture, Hypernetwork
 from unhype.lora import LoRAFactors
 
 from ..config import (
-    EDITS_DEFAULTS,
-    LENIENT_GATE,
     DiscoveryConfig,
     NetworkConfig,
     ObjectiveConfig,
     ObjectiveName,
     TrainConfig,
+    in_closed_form,
 )
 from ..loop import Event
 from ..prompts import forget_prompts, retain_prompts, split_vocabulary
@@ -189,7 +188,7 @@ def joint(shop: Workshop) -> Trained:
 
 def ours(shop: Workshop) -> Trained:
     """Edits in closed form, behind a gate."""
-    return _ours(shop, "ours", in_closed_form(shop.config))
+    return _ours(shop, "ours", _in_closed_form(shop.config))
 
 
 def ours_direct(shop: Workshop) -> Trained:
@@ -197,28 +196,23 @@ def ours_direct(shop: Workshop) -> Trained:
     return _ours(shop, "direct", shop.config)
 
 
-def in_closed_form(config: TrainConfig) -> TrainConfig:
-    """The same run with the objective ``closed-form``."""
-    num = len(config.concepts)
+def _in_closed_form(config: TrainConfig) -> TrainConfig:
+    """The same task in closed form, with more prompts for more concepts."""
+    num, config = len(config.concepts), in_closed_form(config)
     prompts = {"num_positives": max(1200, 96 * num), "num_negatives": 4000 + 40 * num}
-    update = {
-        "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
-        "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
-        "gate": config.gate.model_copy(update={**LENIENT_GATE, **prompts}),
-    }
-    return config.model_copy(update=update)
+    return config.model_copy(update={"gate": config.gate.model_copy(update=prompts)})
 
 
 def ours_discovery(shop: Workshop) -> Trained:
     """The same, and the model is asked for further words; none is withheld from it, asked questions' words included."""
     discovery = DiscoveryConfig(words=DISCOVERED_AMONG)
-    config = in_closed_form(shop.config)
+    config = _in_closed_form(shop.config)
     return _ours(shop, "discovery", config.model_copy(update={"discovery": discovery}))
 
 
 def ours_adversarial(shop: Workshop) -> Trained:
     """The same, with a gate trained on embeddings moved against it."""
-    config = in_closed_form(shop.config)
+    config = _in_closed_form(shop.config)
     gate = config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
 
