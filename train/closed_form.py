@@ -144,7 +144,7 @@ def solve_edits(config: TrainConfig, denoiser: DenoiserLike, seen: Seen, tick: T
         c, m = _paired_states(texts, list(_twins(config, concept, forms, rng)))
         wanted = (1 + settings.negative_guidance) * (m - c)
         own = gram + c.mT @ c / len(c)
-        own += settings.identity * own.diagonal().mean() * torch.eye(len(own)).to(own)
+        own += settings.identity * (m - c).square().mean() * torch.eye(len(own)).to(own)
         matrix = torch.linalg.solve(own, c.mT @ wanted / len(c))
         edits.append(Edit.of(matrix, c, seen))
         tick(index + 1, len(config.concepts))

@@ -309,7 +309,7 @@ class ObjectiveConfig(BaseModel):
         scenes: sentences that each phrase shares with a retain phrase.
         preserved: retain phrases whose states are held, at most.
         preserve: factor of their mean squared change.
-        identity: factor of the squared size of an edit, relative to the mean squared state.
+        identity: factor of the squared size of an edit, relative to the mean squared distance of its states from the anchor's.
     """
 
     model_config = STRICT
@@ -330,7 +330,7 @@ class ObjectiveConfig(BaseModel):
     scenes: Annotated[int, Field(ge=0)] = 8
     preserved: Count = 1000
     preserve: Number = 1.0
-    identity: Positive = 1e-2
+    identity: Positive = 0.03
 
     @model_validator(mode="before")
     @classmethod

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig, make_config
+from train.config import ConfigError, TrainConfig, make_config
 from train.denoiser import WrongGradientError, check_gradient, gradient_error
 from train.run import Event, train
 from unhype import checkpoint as packs
@@ -229,6 +229,33 @@ def accepts(tiny: Tiny, pack: Pack) -> bool:
 def test_a_run_ends_in_a_pack_for_its_model(tiny: Tiny, denoiser: Denoiser, tmp_path: Path) -> None:
     pack = run(short_run(tmp_path, Path("tiny.safetensors")), denoiser=denoiser)
     assert pack.info.spec is tiny.spec
+    assert accepts(tiny, pack)
+
+
+def test_edits_are_solved_for_where_layers_read_the_text_alone(
+    tiny: Tiny, denoiser: Denoiser, tmp_path: Path
+) -> None:
+    data = short_run(tmp_path, Path("tiny.safetensors")).plain()
+    objective = {"name": "closed-form", "sentences": 4, "scenes": 1}
+    small = {**data, "network": {}, "objective": objective}
+    config = make_config({**small, "gate": {**data["gate"], "scatter_share": 0}})
+    if not tiny.spec.per_chunk:
+        with pytest.raises(ConfigError, match=r"no layers that read.*objective\.name direct"):
+            train(config, denoiser=denoiser)
+        return
+    pack = packs.load(train(config, denoiser=denoiser).path)
+    assert pack.info.spec is tiny.spec
+    text, anchor = (denoiser.embed([f"here is {what}"]) for what in ("a cat", "an empty meadow"))
+    factors = pack.hypernetwork.generate(text.pooled)
+    away, left = 0.0, 0.0
+    for index, weight in enumerate(denoiser.target_weights()):
+        wanted, plain = (
+            batch.cross[0, -1].double() @ weight.T.double() for batch in (anchor, text)
+        )
+        change = text.cross[0, -1].double() @ factors.delta(index)[0].T.double()
+        away += float((plain - wanted).norm() ** 2)
+        left += float((plain + change - wanted).norm() ** 2)
+    assert left < 0.5 * away
     assert accepts(tiny, pack)
 
 
