@@ -245,14 +245,15 @@ def test_edits_are_solved_for_where_layers_read_the_text_alone(
         return
     pack = packs.load(train(config, denoiser=denoiser).path)
     assert pack.info.spec is tiny.spec
-    text, anchor = (denoiser.embed([f"here is {what}"]) for what in ("a cat", "an empty meadow"))
-    factors = pack.hypernetwork.generate(text.pooled)
+    texts = ["here is a cat", "here is an empty meadow"]
+    text = denoiser.embed(texts)
+    last = [len(ids) - 2 for ids in denoiser.token_ids(texts)]  # before the token that ends a text
+    cat, meadow = (text.cross[row, place].double() for row, place in enumerate(last))
+    factors = pack.hypernetwork.generate(text.pooled[:1])
     away, left = 0.0, 0.0
     for index, weight in enumerate(denoiser.target_weights()):
-        wanted, plain = (
-            batch.cross[0, -1].double() @ weight.T.double() for batch in (anchor, text)
-        )
-        change = text.cross[0, -1].double() @ factors.delta(index)[0].T.double()
+        wanted, plain = meadow @ weight.T.double(), cat @ weight.T.double()
+        change = cat @ factors.delta(index)[0].T.double()
         away += float((plain - wanted).norm() ** 2)
         left += float((plain + change - wanted).norm() ** 2)
     assert left < 0.5 * away
