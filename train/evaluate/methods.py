@@ -188,7 +188,7 @@ def joint(shop: Workshop) -> Trained:
 
 def ours(shop: Workshop) -> Trained:
     """Edits in closed form, behind a gate."""
-    return _ours(shop, "ours", _in_closed_form(shop.config))
+    return _ours(shop, "ours", task_in_closed_form(shop.config))
 
 
 def ours_direct(shop: Workshop) -> Trained:
@@ -196,7 +196,7 @@ def ours_direct(shop: Workshop) -> Trained:
     return _ours(shop, "direct", shop.config)
 
 
-def _in_closed_form(config: TrainConfig) -> TrainConfig:
+def task_in_closed_form(config: TrainConfig) -> TrainConfig:
     """The same task in closed form, with more prompts for more concepts."""
     num, config = len(config.concepts), in_closed_form(config)
     prompts = {"num_positives": max(1200, 96 * num), "num_negatives": 4000 + 40 * num}
@@ -206,13 +206,13 @@ def _in_closed_form(config: TrainConfig) -> TrainConfig:
 def ours_discovery(shop: Workshop) -> Trained:
     """The same, and the model is asked for further words; none is withheld from it, asked questions' words included."""
     discovery = DiscoveryConfig(words=DISCOVERED_AMONG)
-    config = _in_closed_form(shop.config)
+    config = task_in_closed_form(shop.config)
     return _ours(shop, "discovery", config.model_copy(update={"discovery": discovery}))
 
 
 def ours_adversarial(shop: Workshop) -> Trained:
     """The same, with a gate trained on embeddings moved against it."""
-    config = _in_closed_form(shop.config)
+    config = task_in_closed_form(shop.config)
     gate = config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
 
