@@ -101,12 +101,15 @@ class Seen:
     @staticmethod
     def of(weights: Sequence[Tensor]) -> Seen:
         """Of layers with these weights."""
-        exact = tuple(weight.cpu().double() for weight in weights)
-        gram = sum((w.mT @ w for w in exact), torch.zeros(()))
+        width = weights[0].shape[1]
+        gram = torch.zeros(width, width, dtype=torch.float64)
+        for weight in weights:
+            exact = weight.cpu().double()
+            gram += exact.mT @ exact
         values, vectors = torch.linalg.eigh(gram)
         used = values > UNSEEN * values.max()
         sizes = values[used].sqrt()
-        return Seen(exact, vectors[:, used] * sizes, vectors[:, used] / sizes)
+        return Seen(tuple(weights), vectors[:, used] * sizes, vectors[:, used] / sizes)
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,10 @@ def factorize(hypernetwork: EditsHypernetwork, edits: Sequence[Edit], seen: Seen
         down = (edit.reads @ overlap @ mix).mT  # (rank, dim)
         hypernetwork.mix[index, : mix.shape[0], : mix.shape[1]] = mix.to(hypernetwork.mix)
         hypernetwork.down[index, : len(down)] = down.to(hypernetwork.down)
+    back = seen.back @ directions
     for up, weight in zip(hypernetwork.up, seen.weights, strict=True):
         up.zero_()
-        up[:, : directions.shape[1]] = (weight @ seen.back @ directions).to(up)
+        up[:, : directions.shape[1]] = (weight.cpu().double() @ back).to(up)
 
 
 def _most(spread: Tensor, count: int) -> Tensor:

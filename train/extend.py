@@ -215,6 +215,7 @@ def extend(
             edits = solve_edits(config, denoiser, seen, tick)
             hypernetwork = grow_edits(old, edits, seen, config)
             tell_new_apart(hypernetwork, old, material, kept, config.seed)
+            old, hypernetwork = (h.to(denoiser.device) for h in (old, hypernetwork))
             record_solved(setting, hypernetwork, time.perf_counter() - begin_solving)
             figures: Mapping[str, float] = {}
         else:

@@ -62,7 +62,7 @@ def tell_new_apart(
     kept: Tensor,
     seed: int,
 ) -> None:
-    """Teach the shares of new concepts on their prompts and on ``kept`` ones of the old (prompts, dim); the old shares stay.
+    """Teach the shares of new concepts on their prompts and on ``kept`` ones of the old (prompts, dim); the old shares stay. On the CPU.
 
     For an old concept's prompt the shares among the old are to be what they were, and those of the new nothing.
     """
