@@ -554,11 +554,17 @@ class TrainConfig(BaseModel):
 
 
 def in_closed_form(config: TrainConfig) -> TrainConfig:
-    """The same run with the objective ``closed-form`` and what else is default there."""
+    """The same run with the objective ``closed-form`` and what else is default there; what of the gate was set stays."""
+    plain = GateConfig()
+    lenient = {
+        key: value
+        for key, value in LENIENT_GATE.items()
+        if getattr(config.gate, key) == getattr(plain, key)
+    }
     update = {
         "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
         "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
-        "gate": config.gate.model_copy(update=dict(LENIENT_GATE)),
+        "gate": config.gate.model_copy(update=lenient),
     }
     return config.model_copy(update=update)
 
