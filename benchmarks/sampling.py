@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +52,8 @@ class Plan:
         size: side of the pictures in pixels.
         seconds: for rounds of all variants, one picture at a time; at least two rounds are run.
         batch_seconds: the same, four pictures at a time.
-        batch_variants: names of what runs four pictures at a time.
+        batch_variants: names of what runs four pictures at a time; nothing does if there are none.
+        variants: names of what runs one picture at a time; all by default.
     """
 
     size: int
@@ -60,6 +61,7 @@ class Plan:
     seconds: float
     batch_seconds: float
     batch_variants: tuple[str, ...] = ("plain", "active")
+    variants: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,22 @@ QUICK = {models.demo: Plan(32, steps=2, seconds=0, batch_seconds=0)}
 LEAST_ROUNDS = 2
 
 
-def measure(names: Sequence[str], console: Console, *, quick: bool = False) -> dict[str, Any]:
+def measure(
+    names: Sequence[str],
+    console: Console,
+    *,
+    quick: bool = False,
+    variants: Sequence[str] = (),
+    seconds: float | None = None,
+) -> dict[str, Any]:
     """Ratios of every model named, by the model's name; ComfyUI must be importable.
 
     Args:
         quick: a few steps of the demo world alone, whatever is named.
+        variants: the only ones to measure, beside ``plain`` and one picture at a time; all by default.
+        seconds: for their rounds, in place of the plan's.
     """
+    chosen = tuple(name for name in VARIANTS if name in {plain.__name__, *variants})
     from comfy.model_management import get_torch_device, unload_all_models
 
     plans = ON_CPU if get_torch_device().type == "cpu" else ON_ACCELERATOR
@@ -182,8 +194,12 @@ def measure(names: Sequence[str], console: Console, *, quick: bool = False) -> d
         for name in names:
             build = SUBJECTS[name]
             console.print(f"{name}: building")
-            subject = build(world)
-            results[name] = _measure_subject(name, subject, plans[build], Path(folder), console)
+            subject, plan = build(world), plans[build]
+            if seconds is not None:
+                plan = replace(plan, seconds=seconds, batch_seconds=seconds)
+            if variants:
+                plan = replace(plan, variants=chosen, batch_variants=())
+            results[name] = _measure_subject(name, subject, plan, Path(folder), console)
             del subject
             unload_all_models()
             gc.collect()
@@ -204,18 +220,21 @@ def _measure_subject(
     negative = _encode(subject, [""])
     batches = {}
     for prompts, variants, seconds in (
-        (PROMPTS[:1], tuple(VARIANTS), plan.seconds),
+        (PROMPTS[:1], plan.variants or tuple(VARIANTS), plan.seconds),
         (PROMPTS, plan.batch_variants, plan.batch_seconds),
     ):
+        if not variants:
+            continue
         case = Case(subject, _encode(subject, prompts), negative, fires, silent)
         if not batches:
             _sample(case, plain, plan)  # what is done once in a process is not measured
         runs = _run_rounds(case, plan, variants, seconds, f"{name}, batch {len(prompts)}", console)
         batches[len(prompts)] = _compare(runs, plan.steps)
-    one, several = batches[1], batches[len(PROMPTS)]
+    one, several = batches[1], batches.get(len(PROMPTS))
+    mixed = {"mixed_over_plain": several[active.__name__]["over_plain"]} if several else {}
     return {
         **{f"{v}_over_plain": one[v]["over_plain"] for v in one if v != plain.__name__},
-        "mixed_over_plain": several[active.__name__]["over_plain"],
+        **mixed,
         "parameters": sum(parameter.numel() for parameter in subject.network.parameters()),
         "dtype": str(subject.patcher.model_dtype()).removeprefix("torch."),
         "target_modules": len(targets),
@@ -243,7 +262,7 @@ def _run_rounds(
 
 def _compare(runs: dict[str, list[Run]], steps: int) -> dict[str, Any]:
     """Steps, set-up and ratios of every variant: medians over its runs."""
-    base, changed = runs[plain.__name__], runs[active.__name__]
+    base, changed = runs[plain.__name__], runs.get(active.__name__)
     results = {}
     for name, own in runs.items():
         ratios = [
@@ -257,8 +276,10 @@ def _compare(runs: dict[str, list[Run]], steps: int) -> dict[str, Any]:
             "rounds": len(own),
             "calls_per_step": own[0].calls / steps,
             "difference_from_plain": _difference(own[-1].latents, base[-1].latents),
-            "difference_from_active": _difference(own[-1].latents, changed[-1].latents),
         }
+        if changed:
+            difference = _difference(own[-1].latents, changed[-1].latents)
+            results[name]["difference_from_active"] = difference
     return results
 
 
@@ -393,15 +414,30 @@ def main(
         typer.Argument(metavar="MODEL", help=f"Any of {', '.join(SUBJECTS)}; all by default."),
     ] = None,
     quick: Annotated[bool, typer.Option(help="A few steps of the demo world alone.")] = False,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Measure only this beside plain, one picture at a time; repeatable.",
+        ),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=0, help="For the rounds of each model; by default 25 to 165."),
+    ] = None,
     output: Annotated[Path, typer.Option(help="Where the results go.")] = machine.OUT
     / "sampling.json",
 ) -> None:
     """Time sampling with a LoRA for the prompt against sampling without."""
     if unknown := set(names or ()) - SUBJECTS.keys():
         raise typer.BadParameter(f"Unknown model {min(unknown)!r}. Known: {', '.join(SUBJECTS)}.")
+    if unknown := set(variant or ()) - VARIANTS.keys():
+        raise typer.BadParameter(f"Unknown variant {min(unknown)!r}. Known: {', '.join(VARIANTS)}.")
     console = Console()
     described = machine.start(console)
-    results = measure(names or list(SUBJECTS), console, quick=quick)
+    results = measure(
+        names or list(SUBJECTS), console, quick=quick, variants=variant or (), seconds=seconds
+    )
     show(results, console)
     machine.write(output, {"machine": described, "quick": quick, "sampling": results}, console)
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from benchmarks.run import main
+from benchmarks.sampling import main as time_sampling
 
 VARIANTS = ("active", "guarded", "safe", "hook_lora", "two_forwards")
 
@@ -36,3 +37,13 @@ def test_the_quick_run_writes_every_figure(comfy: Path, tmp_path: Path) -> None:
         "hook_lora": 2,
         "two_forwards": 2,
     }
+
+
+def test_one_variant_alone(comfy: Path, tmp_path: Path) -> None:
+    time_sampling(quick=True, variant=["safe"], seconds=0, output=tmp_path / "sampling.json")
+    results = json.loads((tmp_path / "sampling.json").read_text(encoding="utf-8"))
+    demo = results["sampling"]["demo"]
+    assert set(demo["batch_1"]) == {"plain", "safe"}
+    assert demo["safe_over_plain"] > 0
+    assert "mixed_over_plain" not in demo
+    assert demo["batch_1"]["safe"]["difference_from_plain"] == 0
