@@ -286,6 +286,7 @@ LENIENT_GATE: Mapping[str, object] = {
     "num_negatives": 4000,
     "scatter_share": 0.5,
     "noise": 2.0,
+    "adversarial": 6.0,
 }
 """Of the gate there: an edit on a prompt that asks for nothing erased changes little, so a prompt too many is better than one missed."""
 

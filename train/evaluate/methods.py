@@ -40,8 +40,8 @@ JOINT_RANK, JOINT_HIDDEN = 1, 100
 JOINT_MANY_RANK, JOINT_MANY_HIDDEN = 6, 512
 
 DISCOVERED_AMONG = 10_000
-ADVERSARIAL = 4.0
-"""Radius in standardized embedding space, whose vectors are about 28 long."""
+ADVERSARIAL = 12.0
+"""Radius in standardized embedding space, whose vectors are about 28 long; by default of closed form half of it."""
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def ours_discovery(shop: Workshop) -> Trained:
 
 
 def ours_adversarial(shop: Workshop) -> Trained:
-    """The same, with a gate trained on embeddings moved against it."""
+    """The same, with a gate trained on embeddings moved twice as far against it."""
     config = task_in_closed_form(shop.config)
     gate = config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
