@@ -24,7 +24,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from train.config import ConceptConfig, ObjectiveConfig, TrainConfig, TrajectoryConfig
+from train.config import (
+    ConceptConfig,
+    ObjectiveConfig,
+    ObjectiveName,
+    TrainConfig,
+    TrajectoryConfig,
+    in_closed_form,
+)
 from train.run import Event, TrainingDivergedError, TrainingInterrupted, train
 from unhype import checkpoint
 from unhype.host.locate import REPOSITORY
@@ -50,6 +57,8 @@ KNOWN_ERRORS = (
     WorkflowError,
     host.HostUnavailableError,
 )
+OBJECTIVES = (ObjectiveName.DIRECT, ObjectiveName.CLOSED_FORM)
+NAMES = tuple(objective.value for objective in OBJECTIVES)
 VERSIONS = ("torch", "safetensors", "transformers", "accelerate", "kornia", "einops")
 
 
@@ -58,7 +67,12 @@ def slug(concept: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", concept.lower())
 
 
-def make_config(concept: str, checkpoint_path: Path, output: Path) -> TrainConfig:
+def make_config(
+    concept: str,
+    checkpoint_path: Path,
+    output: Path,
+    objective: ObjectiveName = ObjectiveName.DIRECT,
+) -> TrainConfig:
     """The training run of one concept: its known names, an anchor, and half of the others to retain."""
     entry = load_concepts()[concept_index(concept)]
     split = split_concepts(concept)
@@ -67,7 +81,7 @@ def make_config(concept: str, checkpoint_path: Path, output: Path) -> TrainConfi
     ]
     pattern = re.compile(r"\b(" + "|".join(map(re.escape, unseen)) + r")s?\b")
     captions = TrainConfig.model_fields["retain_captions"].get_default(call_default_factory=True)
-    return TrainConfig(
+    config = TrainConfig(
         checkpoint=checkpoint_path,
         output=output,
         concepts=(
@@ -83,12 +97,15 @@ def make_config(concept: str, checkpoint_path: Path, output: Path) -> TrainConfi
         objective=ObjectiveConfig(),
         license="Apache-2.0",
     )
+    return in_closed_form(config) if objective is ObjectiveName.CLOSED_FORM else config
 
 
-def train_pack(concept: str, checkpoint_path: Path, console: Console) -> tuple[Path, float]:
+def train_pack(
+    concept: str, checkpoint_path: Path, console: Console, objective: ObjectiveName
+) -> tuple[Path, float]:
     """Train the eraser, or keep the one these settings already made; returns its path and training seconds."""
     output = BASE / "models" / "unhype" / f"demo-{slug(concept)}.safetensors"
-    config = make_config(concept, checkpoint_path, output)
+    config = make_config(concept, checkpoint_path, output, objective)
     note = output.with_suffix(".run.json")
     settings = {
         "config": config.model_dump(mode="json"),
@@ -250,7 +267,13 @@ def summarise(report: dict, console: Console) -> None:
     console.print(f"Report: {OUT / 'report.html'}")
 
 
-def run(concept: str, console: Console, *, port: int | None = None) -> dict:
+def run(
+    concept: str,
+    console: Console,
+    *,
+    port: int | None = None,
+    objective: ObjectiveName = ObjectiveName.DIRECT,
+) -> dict:
     """Do everything; the report as written."""
     concept_index(concept)
     begin = time.monotonic()
@@ -259,7 +282,7 @@ def run(concept: str, console: Console, *, port: int | None = None) -> dict:
     console.print("Expanding the demo world ...")
     checkpoint_path = expand(COMPACT, BASE / "models" / "checkpoints" / CHECKPOINT_NAME)
     prepared = time.monotonic()
-    pack_path, train_seconds = train_pack(concept, checkpoint_path, console)
+    pack_path, train_seconds = train_pack(concept, checkpoint_path, console, objective)
     trained = time.monotonic()
     sampling, trials = Sampling(), make_trials(concept)
     console.print(f"Starting ComfyUI for {len(trials)} prompts, each with and without UnHype ...")
@@ -280,12 +303,17 @@ def main(
     port: Annotated[
         int | None, typer.Option(help="Port of the ComfyUI server; a free one by default.")
     ] = None,
+    objective: Annotated[
+        str, typer.Option(help=f"How it is trained: {' or '.join(NAMES)}.")
+    ] = ObjectiveName.DIRECT.value,
 ) -> None:
     """Unlearn one concept of the demo world and show what happened."""
+    if objective not in NAMES:
+        raise typer.BadParameter(f"Unknown objective {objective!r}. Known: {', '.join(NAMES)}.")
     logging.basicConfig(level=logging.WARNING)
     console = Console()
     try:
-        run(concept, console, port=port)
+        run(concept, console, port=port, objective=ObjectiveName(objective))
     except (TrainingInterrupted, KeyboardInterrupt) as error:
         console.print(
             str(error) or "Interrupted. Run the same command again; what is finished is kept."

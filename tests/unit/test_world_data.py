@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from demo.prompts import make_trials, split_concepts
-from demo.run import make_config
+from demo.run import OBJECTIVES, make_config
 from demo.world.art import sample_scene
 from demo.world.captions import write_caption
 from demo.world.concepts import concept_index, load_concepts, load_held_out, siblings_of
 from demo.world.words import touches_held_out
-from train.config import DATA, read_lines
+from train.config import DATA, TrainConfig, read_lines
+from unhype.hypernetwork import Architecture
 
 
 def test_names_and_synonyms_are_nobodys_twice() -> None:
@@ -45,7 +47,7 @@ def test_inflections_of_a_held_out_word_count_as_held_out() -> None:
 
 
 @pytest.mark.parametrize("concept", ["cat", "beer", "ambulance"])
-def test_the_demo_trains_on_nothing_it_evaluates(concept: str, tmp_path) -> None:
+def test_the_demo_trains_on_nothing_it_evaluates(concept: str, tmp_path: Path) -> None:
     config = make_config(concept, tmp_path / "world.safetensors", tmp_path / "pack.safetensors")
     split = split_concepts(concept)
     evaluated = {c.name for c in (*split.unseen, *split.siblings)}
@@ -54,6 +56,15 @@ def test_the_demo_trains_on_nothing_it_evaluates(concept: str, tmp_path) -> None
     assert not [text for text in (*seen, *config.retain_captions) if touches_held_out(text)]
     trial_words = {trial.word for trial in make_trials(concept)} - {concept, ""}
     assert not trial_words & seen
+
+
+def test_the_demo_can_be_solved_in_closed_form(tmp_path: Path) -> None:
+    paths = (tmp_path / "world.safetensors", tmp_path / "pack.safetensors")
+    trained, solved = (make_config("cat", *paths, objective) for objective in OBJECTIVES)
+    assert trained.network.architecture is Architecture.ATOMS
+    assert solved.network.architecture is Architecture.EDITS
+    assert (solved.retain, solved.concepts) == (trained.retain, trained.concepts)
+    assert TrainConfig.model_validate(solved.model_dump()) == solved
 
 
 def test_an_unknown_concept_is_answered_with_close_ones() -> None:
