@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from .config import DATA, ConfigError, TrainConfig, load_config, make_config, read_lines
-from .prompts import mentions
+from .phrases import forms, mentions
 
 OWN_LISTS = ("retain_captions", "templates")
 """Lists of the package that a settings file leaves out where they are unchanged, to stay readable."""
@@ -89,8 +89,13 @@ class Shorthand:
 
 
 def ordinary_words(targets: Sequence[str]) -> list[str]:
-    """The package's list of ordinary things, without those that mention a target phrase."""
-    return [word for word in read_lines(DATA / "retain.txt") if not mentions(word, targets)]
+    """The package's list of ordinary things, without those that mention a target phrase, in whatever number."""
+    named = {form for phrase in targets for form in forms(phrase)}
+    return [
+        word
+        for word in read_lines(DATA / "retain.txt")
+        if not mentions(word, targets) and not forms(word) & named
+    ]
 
 
 def settings_path(output: Path) -> Path:

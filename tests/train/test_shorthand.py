@@ -55,6 +55,13 @@ def test_what_ordinary_things_mention_is_not_kept() -> None:
     assert {"carpet", "woman", "cat"} <= set(words)
 
 
+def test_a_target_in_the_plural_is_not_kept_in_the_singular() -> None:
+    singular = next(word for word in ordinary_words([]) if " " not in word)
+    assert singular not in ordinary_words([f"{singular}s"])
+    words = Shorthand(CAT.checkpoint, (f"{singular}s",), CAT.anchor)
+    assert singular not in words.config().retain
+
+
 def test_what_stays_comes_from_a_file_or_from_words(tmp_path: Path) -> None:
     file = tmp_path / "keep.txt"
     file.write_text("# mine\na dog\nbus\n")
