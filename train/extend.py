@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
+from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import Calibration, ConceptInfo, Pack, PackInfo, to_plain
@@ -38,7 +38,7 @@ from .config import (
     make_config,
 )
 from .denoiser import DenoiserLike, check_family
-from .extend_edits import grow_edits, tell_new_apart, without_edits
+from .extend_edits import first_and_last, grow_edits, tell_new_apart, without_edits
 from .gate import Embed, GateMaterial, gather, train_gate
 from .loop import Report, Setting, run_loop
 from .objectives import Material, Phase
@@ -451,7 +451,9 @@ def join_gates(old: Gate, new: Gate) -> Gate:
         hidden_dim=old.config.hidden_dim + new.config.hidden_dim,
     )
     gate.standardize.load_state_dict(old.standardize.state_dict())
-    (first, last), (old_first, old_last), (new_first, new_last) = map(_linear, (gate, old, new))
+    (first, last), (old_first, old_last), (new_first, new_last) = (
+        first_and_last(one.layers) for one in (gate, old, new)
+    )
     mean, std = new.standardize.mean, new.standardize.std
     offset = new_first.weight @ ((old.standardize.mean - mean) / std)
     first.weight.copy_(
@@ -476,15 +478,6 @@ class _Check:
 def _new_gate(old: Gate, *, num_concepts: int, hidden_dim: int) -> Gate:
     with torch.random.fork_rng(devices=[]):
         return Gate(replace(old.config, num_concepts=num_concepts, hidden_dim=hidden_dim))
-
-
-def _linear(gate: Gate) -> tuple[nn.Linear, nn.Linear]:
-    first, last = gate.layers[0], gate.layers[-1]
-    if not isinstance(first, nn.Linear) or not isinstance(last, nn.Linear):
-        raise TypeError(
-            f"The gate's first and last layers must be Linear, got {type(first).__name__} and {type(last).__name__}."
-        )
-    return first, last
 
 
 def _of_its_kind(pack: Pack, config: TrainConfig) -> TrainConfig:

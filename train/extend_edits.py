@@ -99,14 +99,14 @@ def tell_new_apart(
 
 def _join(grown: EditsHypernetwork, old: EditsHypernetwork, trunk: nn.Sequential) -> None:
     """One trunk with the outputs of both, each read from hidden units of its own; a single old concept has a share of 1, logit 0."""
-    first, last = _ends(grown.trunk)
-    new_first, new_last = _ends(trunk)
+    first, last = first_and_last(grown.trunk)
+    new_first, new_last = first_and_last(trunk)
     if old.config.num_concepts == 1:
         first.load_state_dict(new_first.state_dict())
         last.weight.copy_(F.pad(new_last.weight, (0, 0, 1, 0)))
         last.bias.copy_(F.pad(new_last.bias, (1, 0)))
         return
-    old_first, old_last = _ends(old.trunk)
+    old_first, old_last = first_and_last(old.trunk)
     first.weight.copy_(torch.cat([old_first.weight, new_first.weight]))
     first.bias.copy_(torch.cat([old_first.bias, new_first.bias]))
     last.weight.copy_(torch.block_diag(old_last.weight, new_last.weight))
@@ -132,18 +132,23 @@ def without_edits(old: EditsHypernetwork, stay: Sequence[int]) -> EditsHypernetw
     for up, before in zip(left.up, old.up, strict=True):
         up.copy_(before @ basis)
     if len(chosen) > 1:
-        first, last = _ends(left.trunk)
-        old_first, old_last = _ends(old.trunk)
+        first, last = first_and_last(left.trunk)
+        old_first, old_last = first_and_last(old.trunk)
         first.load_state_dict(old_first.state_dict())
         last.weight.copy_(old_last.weight[chosen])
         last.bias.copy_(old_last.bias[chosen])
     return left
 
 
-def _ends(trunk: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
-    first, last = trunk[0], trunk[-1]
+def first_and_last(layers: nn.Sequential) -> tuple[nn.Linear, nn.Linear]:
+    """The outer layers of a small network.
+
+    Raises:
+        TypeError: they are not linear.
+    """
+    first, last = layers[0], layers[-1]
     if not isinstance(first, nn.Linear) or not isinstance(last, nn.Linear):
         raise TypeError(
-            f"A trunk's first and last layers must be Linear, got {type(first).__name__} and {type(last).__name__}."
+            f"The first and last layers must be Linear, got {type(first).__name__} and {type(last).__name__}."
         )
     return first, last

@@ -136,49 +136,11 @@ def estimate(
     gate_step /= GATE_STEPS
 
     hypernetwork = new_hypernetwork(config, denoiser, material)
-    before = {
-        "loading the model": load_seconds,
-        "reading prompts": prompt * len(texts),
-        "training the gate": gate_step * config.gate.steps,
-    }
     if isinstance(hypernetwork, EditsHypernetwork):
         report(Event("solving for one edit", 0, 1))
-        solving = _solving(config, denoiser, hypernetwork, material, clock)
-        asking = _asking_alone(config, denoiser, prompt, clock)
-        weights, description = _pack_bytes(config, denoiser, hypernetwork, gate)
-        memory, device_memory = _memory(denoiser.device, 0)
-        return Plan(
-            device=str(denoiser.device),
-            step_seconds={"reading a prompt": prompt, "gate": gate_step, "edit": solving.one},
-            seconds={
-                **before,
-                "asking for other words": asking,
-                "reading sentences": solving.reading,
-                "solving for edits": solving.algebra,
-            },
-            target_modules=len(denoiser.targets),
-            target_parameters=sum(t.in_features * t.out_features for t in denoiser.targets),
-            hypernetwork_parameters=_count(hypernetwork),
-            gate_parameters=_count(gate),
-            pool_bytes=0,
-            pool_file_bytes=0,
-            state_bytes=0,
-            pack_bytes=weights + description,
-            weight_bytes=weights,
-            memory=memory,
-            device_memory=device_memory,
-        )
-
-    report(Event("some steps of a trajectory", 0, 1))
-    rollout_step, prediction, rollouts, pool = _trajectories(config, denoiser, clock)
-    at_once = len(pool.prompt)
-
-    report(Event("some steps of training", 0, 1))
-    setting = Setting("plan", processes, lambda event: None, threading.Event())
-    objective = _objective(config, denoiser, hypernetwork, pool, material)
-    check, _ = clock.once(lambda: check_trainable(denoiser, pool))
-    eta = _eta(config, objective, clock)
-    training_step = _training_step(config, setting, hypernetwork, objective, clock)
+        work = _solving(config, denoiser, hypernetwork, material, clock, prompt)
+    else:
+        work = _training(config, denoiser, hypernetwork, material, clock, prompt, report)
     with (
         torch.no_grad()
     ):  # the largest batch that a run writes LoRA for; it may need more memory than a step
@@ -186,23 +148,70 @@ def estimate(
             material.negatives[: prompts_at_once(hypernetwork)].to(denoiser.device)
         ).squared_norm()
 
-    pool_bytes = _pool_bytes(pool, config)
-    memory, device_memory = _memory(denoiser.device, pool_bytes)
+    memory, device_memory = _memory(denoiser.device, work.pool_bytes)
     weights, description = _pack_bytes(config, denoiser, hypernetwork, gate)
-    parameters = _count(hypernetwork)
     return Plan(
         device=str(denoiser.device),
-        step_seconds={
-            "reading a prompt": prompt,
-            "gate": gate_step,
-            "rollout": rollout_step,
-            "training": training_step,
-        },
+        step_seconds={"reading a prompt": prompt, "gate": gate_step, **work.step_seconds},
         seconds={
-            **before,
-            "asking for other words": _discovery(
-                config, denoiser, prompt, rollout_step / at_once, prediction / at_once
-            ),
+            "loading the model": load_seconds,
+            "asking for other words": work.asking,
+            "reading prompts": prompt * len(texts),
+            "training the gate": gate_step * config.gate.steps,
+            **work.seconds,
+        },
+        target_modules=len(denoiser.targets),
+        target_parameters=sum(t.in_features * t.out_features for t in denoiser.targets),
+        hypernetwork_parameters=_count(hypernetwork),
+        gate_parameters=_count(gate),
+        pool_bytes=work.pool_bytes,
+        pool_file_bytes=work.pool_file_bytes,
+        state_bytes=work.state_bytes,
+        pack_bytes=weights + description,
+        weight_bytes=weights,
+        memory=memory,
+        device_memory=device_memory,
+    )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What it takes to get the hypernetwork, gate aside; ``asking`` is what other words take."""
+
+    asking: float
+    step_seconds: Mapping[str, float]
+    seconds: Mapping[str, float]
+    pool_bytes: int = 0
+    pool_file_bytes: int = 0
+    state_bytes: int = 0
+
+
+def _training(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    hypernetwork: Hypernetwork,
+    material: GateMaterial,
+    clock: Clock,
+    prompt: float,
+    report: Report,
+) -> _Work:
+    """Take some steps on trajectories."""
+    report(Event("some steps of a trajectory", 0, 1))
+    rollout_step, prediction, rollouts, pool = _trajectories(config, denoiser, clock)
+    at_once = len(pool.prompt)
+
+    report(Event("some steps of training", 0, 1))
+    processes = PartialState(cpu=not has_accelerator())
+    setting = Setting("plan", processes, lambda event: None, threading.Event())
+    objective = _objective(config, denoiser, hypernetwork, pool, material)
+    check, _ = clock.once(lambda: check_trainable(denoiser, pool))
+    eta = _eta(config, objective, clock)
+    training_step = _training_step(config, setting, hypernetwork, objective, clock)
+    pool_bytes = _pool_bytes(pool, config)
+    return _Work(
+        asking=_discovery(config, denoiser, prompt, rollout_step / at_once, prediction / at_once),
+        step_seconds={"rollout": rollout_step, "training": training_step},
+        seconds={
             "collecting trajectories": rollouts,
             "checking the gradient": check,
             "measuring eta": eta,
@@ -210,19 +219,11 @@ def estimate(
             "drawing samples": rollout_step / at_once * _sample_steps(config),
             "measuring": training_step * FORWARD_SHARE * MEASURED_BATCHES,
         },
-        target_modules=len(denoiser.targets),
-        target_parameters=sum(t.in_features * t.out_features for t in denoiser.targets),
-        hypernetwork_parameters=parameters,
-        gate_parameters=_count(gate),
         pool_bytes=pool_bytes,
         pool_file_bytes=pool_bytes + header_bytes(pool.tensors(), {}),
-        state_bytes=parameters
+        state_bytes=_count(hypernetwork)
         * torch.float32.itemsize
         * (1 + 2 * len(objective.phases) + bool(config.train.ema)),
-        pack_bytes=weights + description,
-        weight_bytes=weights,
-        memory=memory,
-        device_memory=device_memory,
     )
 
 
@@ -322,22 +323,14 @@ def _objective(
     )
 
 
-@dataclass(frozen=True)
-class _Solving:
-    """Seconds that edits in closed form take: to read their sentences, for all else, and all of it for one."""
-
-    reading: float
-    algebra: float
-    one: float
-
-
 def _solving(
     config: TrainConfig,
     denoiser: DenoiserLike,
     hypernetwork: EditsHypernetwork,
     material: GateMaterial,
     clock: Clock,
-) -> _Solving:
+    prompt: float,
+) -> _Work:
     """Solve for one edit, with few sentences of what stays; sentences and edits then count."""
     few = _changed(config, "objective", preserved=1).model_copy(
         update={"concepts": config.concepts[:1]}
@@ -353,10 +346,13 @@ def _solving(
     telling, _ = clock.once(
         lambda: tell_apart(hypernetwork, material, config.seed, steps=GATE_STEPS)
     )
-    return _Solving(
-        reading * texts_to_read(config),
-        weighing + algebra * num + writing + telling * STEPS / GATE_STEPS,
-        one,
+    return _Work(
+        asking=_asking_alone(config, denoiser, prompt, clock),
+        step_seconds={"edit": one},
+        seconds={
+            "reading sentences": reading * texts_to_read(config),
+            "solving for edits": weighing + algebra * num + writing + telling * STEPS / GATE_STEPS,
+        },
     )
 
 
