@@ -13,9 +13,10 @@ from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import Calibration, Pack, PackInfo, to_plain
+from unhype.embedding import cat_prompts
 
 from .config import DATA, ConfigError, make_config, read_lines
-from .gate import Embed
+from .gate import Embed, logits_of
 from .prompts import forget_prompts, mentions
 from .shorthand import ordinary_words
 
@@ -210,9 +211,10 @@ def in_batches(embed: Embed, size: int, tick: Callable[[int, int], None]) -> Emb
     def run(texts: list[str]) -> Tensor:
         parts = []
         for start in range(0, len(texts), size):
-            parts.append(embed(texts[start : start + size]).float().cpu())
+            part = embed(texts[start : start + size]).cpu()
+            parts.append(part.half() if part.dim() == 3 else part.float())
             tick(min(start + size, len(texts)), len(texts))
-        return torch.cat(parts)
+        return cat_prompts(parts)
 
     return run
 
@@ -223,7 +225,7 @@ def _scores(
 ) -> Scores:
     texts, concept = prompts
     embedded = embed([*captions, *texts])
-    probability = pack.gate.read(embedded).probability
+    probability = logits_of(pack.gate, embedded).sigmoid()
     asked = torch.tensor(concept)
     own = probability[len(captions) :][torch.arange(len(texts)), asked]
     return Scores(probability[: len(captions)].amax(1), own, asked)

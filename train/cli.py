@@ -36,7 +36,7 @@ from train import calibrate as calibration
 from train import export as exporting
 from train import extend as extending
 from train.config import ConfigError, TrainConfig, load_config
-from train.denoiser import DenoiserLike, check_family
+from train.denoiser import DenoiserLike, check_family, reader
 from train.evaluate.base import Evaluator, PictureModel, World
 from train.evaluate.evaluators import EvaluatorError, find_evaluator
 from train.evaluate.suite import Assignment, ask_world, load_suite
@@ -238,7 +238,7 @@ def calibrate(
             denoiser = _load_model(model, comfyui, report)
             check_family(pack, denoiser)
             embed = calibration.in_batches(
-                denoiser.embed_pooled,
+                reader(denoiser, pack),
                 EMBEDDED_AT_ONCE,
                 lambda step, total: report(Event("reading captions and prompts", step, total)),
             )
@@ -280,7 +280,7 @@ def export(
         with _progress(Console(stderr=True)) as report:
             denoiser = _load_model(model, comfyui, report)
             check_family(pack, denoiser)
-            embedding = denoiser.embed_pooled([prompt]).cpu()
+            embedding = reader(denoiser, pack)([prompt]).cpu()
         reading = exporting.export(pack, prompt, embedding, output, spelling, force=force)
         print(f"{output} ({output.stat().st_size / 1024:.0f} KiB): {describe(pack, reading)}")
 

@@ -154,6 +154,7 @@ class GateConfig(BaseModel):
         noise: standard deviation of the noise on standardized embeddings.
         virtual_negatives: share of negatives that are moved part of the way to a positive.
         adversarial: how far positives are moved to where the gate sees them least, in standardized embeddings.
+        tokens: whether the gate reads every token of a prompt, and fires where any does, or the prompt's end alone.
         held_back: share of retain phrases, captions and positives kept for calibration.
         false_fire_rate: how many of the kept negatives may fire, for all concepts together.
         threshold_position: where the threshold lies between kept negatives (0) and positives (1).
@@ -173,6 +174,7 @@ class GateConfig(BaseModel):
     noise: Number = 1.0
     virtual_negatives: Share = 0.0
     adversarial: Number = 0.0
+    tokens: bool = False
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.01
     threshold_position: Share = 0.5
@@ -287,6 +289,7 @@ LENIENT_GATE: Mapping[str, object] = {
     "scatter_share": 0.5,
     "noise": 2.0,
     "adversarial": 6.0,
+    "tokens": True,
 }
 """Of the gate there: an edit on a prompt that asks for nothing erased changes little, so a prompt too many is better than one missed."""
 
@@ -526,6 +529,15 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"network.architecture {self.network.architecture.value} does not go with objective.name "
                 f"{self.objective.name.value}: edits and closed-form need one another. Leave network.architecture out"
+            )
+        if self.gate.tokens and not edits:
+            raise ValueError(
+                f"gate.tokens does not go with objective.name {self.objective.name.value}: what it trains reads the ends of "
+                "prompts. Leave it out, or use objective.name closed-form"
+            )
+        if self.gate.tokens and self.gate.virtual_negatives:
+            raise ValueError(
+                "gate.virtual_negatives moves whole prompts, and gate.tokens reads every token. Leave one of them out"
             )
         if self.objective.function_retention and not self.trajectories.retain_rollouts:
             raise ValueError(

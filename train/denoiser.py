@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,6 +43,10 @@ class DenoiserLike(Protocol):
 
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors of ``embed``, (texts, embedding_dim), fast."""
+        ...
+
+    def embed_tokens(self, texts: Sequence[str]) -> Tensor:
+        """What ``embed`` says of every token up to the end, (texts, tokens, embedding_dim), zeros behind; as fast."""
         ...
 
     def predict(
@@ -88,6 +92,11 @@ def check_family(pack: Pack, denoiser: DenoiserLike) -> None:
             info.base.name,
             name,
         )
+
+
+def reader(denoiser: DenoiserLike, pack: Pack) -> Callable[[Sequence[str]], Tensor]:
+    """How to read prompts for a pack's gate: their ends, or all their tokens."""
+    return denoiser.embed_tokens if pack.gate.config.tokens else denoiser.embed_pooled
 
 
 class WrongGradientError(ValueError):

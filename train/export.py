@@ -14,6 +14,7 @@ from unhype.lora import Spelling
 
 from . import state
 from .config import ConfigError
+from .gate import surest
 
 KEY = "unhype.export"
 
@@ -29,7 +30,7 @@ def export(
     """Write the LoRA at full strength; it has no gate any more.
 
     Args:
-        embedding: of the prompt, (1, embedding_dim).
+        embedding: of the prompt, (1, embedding_dim) or (1, tokens, embedding_dim), as the gate reads it.
         force: also write what the hypernetwork makes of a prompt for which nothing fires.
 
     Raises:
@@ -46,7 +47,10 @@ def export(
             f"{prompt!r} asks for nothing that {pack.name} erases (nearest: {name} at {nearest:.2f}, it fires from "
             f"{pack.info.gate.threshold:.2f}). Name the concept in the prompt, or give --force to write the LoRA anyway."
         )
-    factors = pack.hypernetwork.generate(embedding)
+    if reading.open.item():
+        factors = pack.generate(embedding).factors
+    else:
+        factors = pack.hypernetwork.generate(surest(pack.gate, embedding))
     info = pack.info
     fires = zip(info.concept_names, reading.fired[0].tolist(), strict=True)
     fired = [name for name, yes in fires if yes]

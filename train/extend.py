@@ -20,6 +20,7 @@ from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import Calibration, ConceptInfo, Pack, PackInfo, to_plain
+from unhype.embedding import cat_prompts
 from unhype.gate import Gate
 from unhype.hypernetwork import Architecture, EditsHypernetwork, Hypernetwork, make_hypernetwork
 from unhype.lora import LoRAFactors
@@ -39,7 +40,7 @@ from .config import (
 )
 from .denoiser import DenoiserLike, check_family
 from .extend_edits import first_and_last, grow_edits, tell_new_apart, without_edits
-from .gate import Embed, GateMaterial, gather, train_gate
+from .gate import Embed, GateMaterial, gather, surest, train_gate
 from .loop import Report, Setting, run_loop
 from .objectives import Material, Phase
 from .objectives.base import accumulate
@@ -197,16 +198,17 @@ def extend(
         denoiser, report, processes = run.denoiser, run.report, run.processes
         _check_base(pack, denoiser)
         setting = run.setting(config, _key(path, config, denoiser, growth))
-        embed = embedder(denoiser, report)
+        embed = embedder(denoiser, report, tokens=config.gate.tokens)
         material = gather(config, embed)
         prompts = _kept_prompts(pack.info, config)
-        kept = embed(prompts).float().cpu()
+        kept = embed(prompts).cpu()
         check = _check_material(pack.info, config, embed)
 
         part, _ = train_gate(
             config, _with_others(material, kept, config), ticker(report, "training the gate")
         )
         gate = join_gates(pack.gate, part)
+        asking, kept = material.read_by(part), surest(pack.gate, kept)
         old = pack.hypernetwork.to(denoiser.device)
         if isinstance(old, EditsHypernetwork):
             begin_solving = time.perf_counter()
@@ -214,24 +216,26 @@ def extend(
             tick = ticker(report, "solving for edits")
             edits = solve_edits(config, denoiser, seen, tick)
             hypernetwork = grow_edits(old, edits, seen, config)
-            tell_new_apart(hypernetwork, old, material, kept, config.seed)
+            tell_new_apart(hypernetwork, old, asking, kept, config.seed)
             old, hypernetwork = (h.to(denoiser.device) for h in (old, hypernetwork))
             record_solved(setting, hypernetwork, time.perf_counter() - begin_solving)
             figures: Mapping[str, float] = {}
         else:
             hypernetwork = grow(old, growth.atoms, config.seed).to(denoiser.device)
             figures = _train_further(
-                config, denoiser, setting, (old, hypernetwork), (material, kept), growth
+                config, denoiser, setting, (old, hypernetwork), (asking, kept), growth
             )
 
     _round_to_stored(hypernetwork)
-    changes = _changes(hypernetwork, old, check, pack.info.concept_names)
+    vectors = surest(pack.gate, check.embeddings, check.concept)
+    heard_by_old = replace(check, embeddings=vectors)
+    changes = _changes(hypernetwork, old, heard_by_old, pack.info.concept_names)
     gate_difference = _gate_difference(
-        gate, pack.gate, torch.cat([check.embeddings, material.held_negatives])
+        gate, pack.gate, cat_prompts([check.embeddings, material.held_negatives])
     )
     metrics: dict[str, object] = {
         **figures,
-        **lora_norms(hypernetwork, material),
+        **lora_norms(hypernetwork, asking),
         "extension": {
             "pack": pack.name,
             "base": denoiser.fingerprint.name,
@@ -401,7 +405,9 @@ def fitting(pack: Pack, config: TrainConfig) -> TrainConfig:
             "List phrases that must stay as they are."
         )
     captions = tuple(text for text in config.retain_captions if not mentions(text, erased))
-    return config.model_copy(update={"network": own, "retain": retain, "retain_captions": captions})
+    gate = config.gate.model_copy(update={"tokens": pack.info.gate.tokens})
+    own_parts = {"network": own, "gate": gate, "retain": retain, "retain_captions": captions}
+    return config.model_copy(update=own_parts)
 
 
 @torch.no_grad()
@@ -539,7 +545,7 @@ def _check_material(info: PackInfo, config: TrainConfig, embed: Embed) -> _Check
     texts, concept = target_prompts(info)
     concept_of = dict(zip(texts, concept, strict=True))
     left = _without_new(texts, config)
-    return _Check(embed(left).float().cpu(), torch.tensor([concept_of[text] for text in left]))
+    return _Check(embed(left).cpu(), torch.tensor([concept_of[text] for text in left]))
 
 
 def _with_others(material: GateMaterial, kept: Tensor, config: TrainConfig) -> GateMaterial:
@@ -549,8 +555,8 @@ def _with_others(material: GateMaterial, kept: Tensor, config: TrainConfig) -> G
     held, trained = order[:num_held], order[num_held:]
     return replace(
         material,
-        negatives=torch.cat([material.negatives, kept[trained]]),
-        held_negatives=torch.cat([material.held_negatives, kept[held]]),
+        negatives=cat_prompts([material.negatives, kept[trained]]),
+        held_negatives=cat_prompts([material.held_negatives, kept[held]]),
     )
 
 
@@ -622,7 +628,7 @@ def _refuse_moved(
 def _calibration(gate: Gate, old: PackInfo, material: GateMaterial, check: _Check) -> Calibration:
     """How the joined gate fares on ordinary prompts and on those of all its concepts."""
     concept = torch.cat([check.concept, material.held_concepts + len(old.concepts)])
-    fired = gate.read(torch.cat([check.embeddings, material.held_positives])).fired
+    fired = gate.read(cat_prompts([check.embeddings, material.held_positives])).fired
     own = fired[torch.arange(len(concept)), concept]
     return Calibration(
         false_fire_rate=gate.read(material.held_negatives).open.float().mean().item(),

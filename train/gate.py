@@ -8,14 +8,15 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unhype.checkpoint import Calibration
-from unhype.gate import Gate, GateConfig
+from unhype.embedding import heard
+from unhype.gate import SILENT, Gate, GateConfig
 
 from .config import TrainConfig
 from .prompts import (
@@ -29,6 +30,8 @@ from .prompts import (
 
 Embed = Callable[[list[str]], Tensor]
 NOTABLE_MISS_RATE = 0.15
+READ_AT_ONCE = 256
+"""Prompts, of which all tokens are read."""
 FARTHEST = 0.5
 """Of the way to a positive that a virtual negative may go."""
 log = logging.getLogger("unhype")
@@ -36,7 +39,7 @@ log = logging.getLogger("unhype")
 
 @dataclass(frozen=True)
 class GateMaterial:
-    """Embeddings (prompts, dim), and of the positives which concept each asks for, (prompts,).
+    """Embeddings (prompts, dim) or (prompts, tokens, dim), and of the positives which concept each asks for, (prompts,).
 
     The held ones are of retain phrases and captions that the others do not use, and of further target prompts.
     """
@@ -47,6 +50,36 @@ class GateMaterial:
     held_positives: Tensor
     held_concepts: Tensor
     held_negatives: Tensor
+
+    def read_by(self, gate: Gate) -> GateMaterial:
+        """With one vector a prompt, (prompts, dim): that at which the gate is surest, of positives of their own concept."""
+        return GateMaterial(
+            positives=surest(gate, self.positives, self.concepts),
+            concepts=self.concepts,
+            negatives=surest(gate, self.negatives),
+            held_positives=surest(gate, self.held_positives, self.held_concepts),
+            held_concepts=self.held_concepts,
+            held_negatives=surest(gate, self.held_negatives),
+        )
+
+
+@torch.no_grad()
+def surest(gate: Gate, embeddings: Tensor, concepts: Tensor | None = None) -> Tensor:
+    """The vector of each prompt (prompts, dim) at which its concept, or any, is likeliest; what has one vector only stays."""
+    if embeddings.dim() == 2:
+        return embeddings
+    chosen = []
+    wanted = None if concepts is None else concepts.split(READ_AT_ONCE)
+    for index, part in enumerate(embeddings.split(READ_AT_ONCE)):
+        logits = gate(part.flatten(0, 1)).unflatten(0, part.shape[:2])
+        own = (
+            logits.amax(2)
+            if wanted is None
+            else logits.gather(2, wanted[index][:, None, None].expand(-1, part.shape[1], 1))[..., 0]
+        )
+        places = own.masked_fill(~heard(part), SILENT).argmax(1)
+        chosen.append(part[torch.arange(len(part)), places].float())
+    return torch.cat(chosen)
 
 
 def gather(config: TrainConfig, embed: Embed) -> GateMaterial:
@@ -80,7 +113,7 @@ def gather(config: TrainConfig, embed: Embed) -> GateMaterial:
         for text in group
     ]
     counts = [len(positives), len(held_positives), len(negatives), len(held_negatives)]
-    embedded = embed(texts).float().cpu().split(counts)
+    embedded = embed(texts).cpu().split(counts)
     return GateMaterial(
         positives=embedded[0],
         concepts=torch.tensor([p.concept for p in positives]),
@@ -106,37 +139,79 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         gate = Gate(
-            GateConfig(material.positives.shape[1], len(config.concepts), settings.hidden_dim)
+            GateConfig(
+                material.positives.shape[-1],
+                len(config.concepts),
+                settings.hidden_dim,
+                tokens=settings.tokens,
+            )
         )
-    gate.standardize.fit(torch.cat([material.positives, material.negatives]))
-    positives, negatives = (
-        gate.standardize(material.positives),
-        gate.standardize(material.negatives),
-    )
+    sides = material.positives, material.negatives
+    gate.standardize.fit(torch.cat([side[heard(side)] for side in sides]).float())
     optimizer = torch.optim.AdamW(
         gate.layers.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
     half = settings.batch_size // 2
     for step in range(settings.steps):
-        chosen = torch.randint(len(positives), (half,), generator=generator)
-        other = torch.randint(len(negatives), (settings.batch_size - half,), generator=generator)
-        x = torch.cat([positives[chosen], negatives[other]])
+        chosen = torch.randint(len(sides[0]), (half,), generator=generator)
+        other = torch.randint(len(sides[1]), (settings.batch_size - half,), generator=generator)
+        own = material.concepts[chosen]
+        x = _Vectors.of(sides[0][chosen], sides[1][other]).seen_by(gate)
         if settings.virtual_negatives:
-            x[half:] = _virtual(x[half:], positives, settings.virtual_negatives, generator)
-        x = x + settings.noise * torch.randn(x.shape, generator=generator)
+            positives = gate.standardize(sides[0])
+            x = x.with_virtual(half, positives, settings.virtual_negatives, generator)
+        x = x.moved(settings.noise * torch.randn(x.vectors.shape, generator=generator))
         if settings.adversarial:
-            own = material.concepts[chosen]
-            x[:half] = _adversarial(gate, x[:half], own, settings.adversarial)
-        wanted = torch.zeros(len(x), len(config.concepts))
-        wanted[torch.arange(half), material.concepts[chosen]] = 1
+            x = x.moved(_against(gate, x, own, settings.adversarial))
+        wanted = torch.zeros(x.prompts, len(config.concepts))
+        wanted[torch.arange(half), own] = 1
         # One concept's prompts are negatives of the others: weigh the few positives of each up.
         weight = torch.tensor(float(len(config.concepts)))
-        loss = F.binary_cross_entropy_with_logits(gate.layers(x), wanted, pos_weight=weight)
+        loss = F.binary_cross_entropy_with_logits(x.logits(gate), wanted, pos_weight=weight)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         tick(step + 1, settings.steps)
     return gate.eval()
+
+
+@dataclass(frozen=True)
+class _Vectors:
+    """All vectors of a batch of prompts, (n, dim), and whose each is, (n,)."""
+
+    vectors: Tensor
+    owners: Tensor
+    prompts: int
+
+    @staticmethod
+    def of(*sides: Tensor) -> _Vectors:
+        """Of prompts (prompts, dim) or (prompts, tokens, dim), one side after the other."""
+        vectors = [side[heard(side)] for side in sides]
+        counts = torch.cat([heard(side).view(len(side), -1).sum(1) for side in sides])
+        owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        return _Vectors(torch.cat(vectors).float(), owners, len(counts))
+
+    def seen_by(self, gate: Gate) -> _Vectors:
+        """Standardized."""
+        return replace(self, vectors=gate.standardize(self.vectors))
+
+    def moved(self, by: Tensor) -> _Vectors:
+        """The same elsewhere, by (n, dim)."""
+        return replace(self, vectors=self.vectors + by)
+
+    def logits(self, gate: Gate) -> Tensor:
+        """Of each concept the highest of a prompt's, (prompts, concepts)."""
+        every = gate.layers(self.vectors)
+        owners = self.owners[:, None].expand_as(every)
+        start = every.new_full((self.prompts, every.shape[1]), SILENT)
+        return start.scatter_reduce(0, owners, every, "amax")
+
+    def with_virtual(
+        self, first: int, positives: Tensor, share: float, generator: torch.Generator
+    ) -> _Vectors:
+        """The same where each prompt is one vector, those from ``first`` on partly virtual."""
+        moved = _virtual(self.vectors[first:], positives, share, generator)
+        return replace(self, vectors=torch.cat([self.vectors[:first], moved]))
 
 
 def _virtual(
@@ -149,12 +224,21 @@ def _virtual(
     return negatives + way * (positives[chosen] - negatives)
 
 
-def _adversarial(gate: Gate, positives: Tensor, concepts: Tensor, radius: float) -> Tensor:
-    """Positives (batch, dim) moved by ``radius`` to where the gate sees their concept least, by one step down its gradient."""
-    x = positives.detach().requires_grad_()
-    own = gate.layers(x).gather(1, concepts[:, None])
-    (slope,) = torch.autograd.grad(own.sum(), x)
-    return positives - radius * F.normalize(slope, dim=1)
+def _against(gate: Gate, batch: _Vectors, concepts: Tensor, radius: float) -> Tensor:
+    """Where to move vectors, (n, dim), so that the gate sees the concepts of the first prompts, (positives,), least.
+
+    What it sees them by goes one step of ``radius`` down the gradient; all else stays.
+    """
+    x = replace(batch, vectors=batch.vectors.detach().requires_grad_())
+    own = x.logits(gate)[: len(concepts)].gather(1, concepts[:, None])
+    (slope,) = torch.autograd.grad(own.sum(), x.vectors)
+    return -radius * F.normalize(slope, dim=1)
+
+
+@torch.no_grad()
+def logits_of(gate: Gate, embeddings: Tensor) -> Tensor:
+    """Logits of any number of prompts, (prompts, concepts)."""
+    return torch.cat([gate(part) for part in embeddings.split(READ_AT_ONCE)])
 
 
 @torch.no_grad()
@@ -169,7 +253,9 @@ def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibr
     last = gate.layers[-1]
     if not isinstance(last, torch.nn.Linear):
         raise TypeError(f"The gate's last layer must be Linear, got {type(last).__name__}.")
-    fire, silent = gate(material.held_positives), gate(material.held_negatives)
+    fire, silent = (
+        logits_of(gate, part) for part in (material.held_positives, material.held_negatives)
+    )
     allowed = settings.false_fire_rate / len(config.concepts)
     for concept in range(len(config.concepts)):
         high = torch.quantile(fire[material.held_concepts == concept, concept], 0.05)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import to_plain
+from unhype.embedding import until_end
 from unhype.gate import Gate
 from unhype.host.locate import has_accelerator
 from unhype.host.text import TextBatch
@@ -135,6 +136,7 @@ def estimate(
     gate_step, gate = clock.time(lambda: fit_gate(few, material, lambda *_: None))
     gate_step /= GATE_STEPS
 
+    material = material.read_by(gate)
     hypernetwork = new_hypernetwork(config, denoiser, material)
     if isinstance(hypernetwork, EditsHypernetwork):
         report(Event("solving for one edit", 0, 1))
@@ -262,7 +264,12 @@ def _gate_texts(config: TrainConfig, denoiser: DenoiserLike) -> tuple[list[str],
 
     def note(batch: list[str]) -> Tensor:
         texts.extend(batch)
-        return torch.randn(len(batch), denoiser.family.embedding.dim, generator=generator)
+        dim = denoiser.family.embedding.dim
+        if not config.gate.tokens:
+            return torch.randn(len(batch), dim, generator=generator)
+        counts = torch.tensor([len(ids) - 1 for ids in denoiser.token_ids(batch)])
+        rows = torch.randn(len(batch), 1, dim, generator=generator).half()
+        return until_end(rows.expand(-1, int(counts.max()) + 1, -1), counts)
 
     material = gather(config, note)
     return texts, material

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import ConceptInfo, PackInfo
+from unhype.embedding import cat_prompts
 from unhype.families import Branch
 from unhype.gate import Gate
 from unhype.host.denoise import Denoiser
@@ -131,8 +132,9 @@ def train(
 
         discovered = discover(config, denoiser, ticker(report, "asking for other words"))
         given, config = config, widen(config, discovered)
-        material = gather(config, embedder(denoiser, report))
+        material = gather(config, embedder(denoiser, report, tokens=config.gate.tokens))
         gate, calibration = train_gate(config, material, ticker(report, "training the gate"))
+        material = material.read_by(gate)
         hypernetwork = new_hypernetwork(config, denoiser, material)
         if isinstance(hypernetwork, EditsHypernetwork):
             solve(config, denoiser, setting, hypernetwork, material)
@@ -481,16 +483,23 @@ def lora_norms(hypernetwork: Hypernetwork, material: GateMaterial) -> dict[str, 
     return norms
 
 
-def embedder(denoiser: DenoiserLike, report: Report) -> Callable[[list[str]], Tensor]:
-    """Pooled embeddings with progress."""
+def embedder(
+    denoiser: DenoiserLike, report: Report, *, tokens: bool
+) -> Callable[[list[str]], Tensor]:
+    """Pooled embeddings with progress, or those of all tokens, in half precision for there are many."""
     tick, size = ticker(report, "reading prompts"), EMBEDDED_AT_ONCE
+
+    def read(texts: list[str]) -> Tensor:
+        return (
+            denoiser.embed_tokens(texts).half() if tokens else denoiser.embed_pooled(texts).float()
+        )
 
     def embed(texts: list[str]) -> Tensor:
         parts = []
         for start in range(0, len(texts), size):
-            parts.append(denoiser.embed_pooled(texts[start : start + size]).cpu())
+            parts.append(read(texts[start : start + size]).cpu())
             tick(min(start + size, len(texts)), len(texts))
-        return torch.cat(parts)
+        return cat_prompts(parts)
 
     return embed
 

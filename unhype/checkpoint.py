@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import types
 from collections.abc import Mapping, Sequence
@@ -19,15 +20,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .embedding import heard, last_heard
 from .families import FAMILIES, FamilySpec, family
-from .gate import Gate, GateConfig, Reading, check_threshold
+from .gate import SILENT, Gate, GateConfig, Reading, check_threshold
 from .hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
-from .lora import LoRAFactors, TargetModule
+from .lora import LoRAFactors, TargetModule, combine
 
-FORMAT = 2
+FORMAT = 3
 FORMAT_KEY = "unhype.format"
 CONFIG_KEY = "unhype.config"
 HYPERNETWORK, GATE = "hypernetwork.", "gate."
+ENOUGH = 0.5
+"""Of how far the surest concept's logit lies beyond the threshold: from there on another is asked for beside it."""
 STORED = torch.float16
 """Precision of the hypernetwork's weights on disk; the gate and all statistics stay in single precision."""
 
@@ -162,25 +166,93 @@ class Pack:
 
     @torch.no_grad()
     def read(self, embedding: Tensor) -> Reading:
-        """What the gate says of each prompt, (batch, embedding_dim)."""
+        """What the gate says of each prompt.
+
+        Args:
+            embedding: (batch, embedding_dim), or of all tokens, (batch, tokens, embedding_dim); of these a gate that reads
+                ends takes the last.
+        """
         if not torch.isfinite(embedding).all():
             raise ValueError(
                 "The prompt's embedding holds values that are not finite numbers. "
                 "Check the text encoder: a checkpoint with missing or damaged weights does this."
             )
-        return self.gate.read(embedding, threshold=self.threshold, active=self.active)
+        return self.gate.read(self._known(embedding), threshold=self.threshold, active=self.active)
 
     @torch.no_grad()
     def generate(self, embedding: Tensor, *, s: float | None = None) -> Generated:
         """Write the LoRA of each prompt; those for which nothing fires get scale 0.
 
         Args:
-            embedding: (batch, embedding_dim).
+            embedding: as for ``read``.
             s: position on the trajectory in [0, S]; S, fully erased, by default.
         """
+        embedding = self._known(embedding)
+        if embedding.dim() == 3:
+            counts = heard(embedding).sum(1).clamp(min=1).tolist()
+            rows = [self.write(v[:count], s=s) for v, count in zip(embedding, counts, strict=True)]
+            return Generated(stack(rows), gather(rows))
         reading = self.read(embedding)
         factors = self.hypernetwork.generate(embedding, s)
         return Generated(factors.scaled(reading.open.to(factors.scale)), reading)
+
+    @torch.no_grad()
+    def write(self, vectors: Tensor, *, s: float | None = None) -> Written:
+        """The LoRA of one text from all vectors that are read of it, (n, embedding_dim).
+
+        Each concept that fires takes the vector at which it does most surely, and the factors written for those vectors add up.
+        Where a gate reads every token, a concept acts only if no other is surer at that vector, and if it is at least half as
+        far beyond the threshold as the surest. Vectors of zeros ask for nothing.
+        """
+        says = heard(vectors)
+        reading = self.read(vectors)
+        probability = reading.probability.masked_fill(~says[:, None], 0)
+        fires = (reading.fired & says[:, None]).any(0)
+        surest = probability.argmax(0)
+        acting = fires & self._stands_out(vectors[surest]) if self.gate.config.tokens else fires
+        chosen = surest[acting].unique() if fires.any() else probability.amax(1).argmax()[None]
+        generated = self.hypernetwork.generate(vectors[chosen], s)
+        open_ = reading.fired[chosen].any(1) & says[chosen]
+        generated = generated.scaled(open_.to(generated.scale))
+        parts = tuple(generated.rows([index]) for index in range(len(chosen)))
+        return Written(parts, Reading(probability.amax(0), fires))
+
+    def _stands_out(self, surest: Tensor) -> Tensor:
+        """Which concepts, (concepts,) of bool, stand out at the vectors (concepts, embedding_dim) at which they are surest."""
+        threshold = self.gate.config.threshold if self.threshold is None else self.threshold
+        active = torch.tensor(self.active, device=surest.device)
+        logits = self.gate(surest).masked_fill(~active, SILENT)
+        own = logits.diagonal()
+        beyond = own - math.log(threshold / (1 - threshold))
+        return (own >= logits.amax(1)) & (beyond >= ENOUGH * beyond.max())
+
+    def _known(self, embedding: Tensor) -> Tensor:
+        """As the gate reads it."""
+        ends_only = embedding.dim() == 3 and not self.gate.config.tokens
+        return last_heard(embedding) if ends_only else embedding
+
+
+@dataclass(frozen=True)
+class Written:
+    """The factors that one text's LoRA is the sum of, and what fired for it, (concepts,) each."""
+
+    parts: tuple[LoRAFactors, ...]
+    reading: Reading
+
+
+def gather(rows: Sequence[Written]) -> Reading:
+    """What fired, (rows, concepts)."""
+    return Reading(
+        torch.stack([row.reading.probability for row in rows]),
+        torch.stack([row.reading.fired for row in rows]),
+    )
+
+
+def stack(rows: Sequence[Written]) -> LoRAFactors:
+    """The sum of each text's parts, one row each."""
+    first = rows[0].parts[0]
+    single = len(rows) == len(rows[0].parts) == 1
+    return first if single else combine([row.parts for row in rows], first.targets)
 
 
 def save(path: Path, info: PackInfo, hypernetwork: Hypernetwork, gate: Gate) -> None:

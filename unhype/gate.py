@@ -8,17 +8,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .embedding import Standardize
+from .embedding import Standardize, heard
+
+SILENT = -1e4
+"""Logit of a vector that says nothing."""
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """Sizes of a gate, and the probability from which a concept fires."""
+    """Sizes of a gate, and the probability from which a concept fires.
+
+    ``tokens``: whether it reads every token of a prompt, and a concept fires that fires at any; else it reads the end.
+    """
 
     embedding_dim: int
     num_concepts: int
     hidden_dim: int = 64
     threshold: float = 0.5
+    tokens: bool = False
 
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "num_concepts", "hidden_dim"):
@@ -59,8 +66,8 @@ class Gate(nn.Module):
         )
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """Logits of (batch, embedding_dim): (batch, concepts)."""
-        return self.layers(self.standardize(embedding))
+        """Logits of each concept, (batch, concepts), of (batch, embedding_dim) or at most over (batch, tokens, embedding_dim)."""
+        return most(self.layers(self.standardize(embedding)), heard(embedding))
 
     def read(
         self,
@@ -72,6 +79,7 @@ class Gate(nn.Module):
         """Decide which concepts fire.
 
         Args:
+            embedding: (batch, embedding_dim), or (batch, tokens, embedding_dim).
             threshold: probability from which a concept fires; the calibrated one by default.
             active: which concepts may fire; all by default.
         """
@@ -85,6 +93,13 @@ class Gate(nn.Module):
                 )
             fired = fired & torch.tensor(list(active), device=fired.device)
         return Reading(probability, fired)
+
+
+def most(logits: Tensor, heard: Tensor) -> Tensor:
+    """The highest logits (batch, concepts) at any vector that is heard, of (batch, tokens, concepts) and (batch, tokens)."""
+    if logits.dim() == 2:
+        return logits
+    return logits.masked_fill(~heard[..., None], SILENT).amax(1)
 
 
 def check_threshold(threshold: float) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unhype.checkpoint import BaseFingerprint
+from unhype.embedding import last_heard, until_end
 from unhype.families import FAMILIES, FamilySpec
 from unhype.host import vision
 from unhype.host.bypass import adapted, find_sites, find_targets
@@ -58,8 +59,9 @@ class NarrowWorld:
     @torch.no_grad()
     def embed(self, texts: Sequence[str]) -> TextBatch:
         """Encode prompts; what is beyond 77 tokens is cut."""
-        states, pooled = self._text(self._tokenize(texts))
-        return TextBatch(states, pooled, pooled)
+        ids = self._tokenize(texts)
+        states, pooled = self._text(ids)
+        return TextBatch(states, pooled, pooled, until_end(states, (ids == EOS).int().argmax(-1)))
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens of prompts, each up to the one that ends the text."""
@@ -68,12 +70,18 @@ class NarrowWorld:
     @torch.no_grad()
     def embed_pooled(self, texts: Sequence[str]) -> Tensor:
         """Only the pooled vectors, (texts, 768)."""
+        return last_heard(self.embed_tokens(texts))
+
+    @torch.no_grad()
+    def embed_tokens(self, texts: Sequence[str]) -> Tensor:
+        """The states of every token, (texts, tokens, 768), zeros behind each end."""
         ids = self._tokenize(texts)
         ends = (ids == EOS).int().argmax(-1)
-        pooled = torch.empty(len(ids), self.family.embedding.dim)
+        said = torch.zeros(len(ids), int(ends.max()), self.family.embedding.dim)
         for chosen in ends.argsort().split(TEXTS_AT_ONCE):
-            pooled[chosen] = self._text(ids[chosen][:, : int(ends[chosen].max()) + 1])[1]
-        return pooled
+            states, _ = self._text(ids[chosen][:, : int(ends[chosen].max()) + 1])
+            said[chosen, : states.shape[1] - 1] = until_end(states, ends[chosen])
+        return said
 
     @torch.no_grad()
     def token_embeddings(self, texts: Sequence[str]) -> Tokens:
@@ -84,7 +92,7 @@ class NarrowWorld:
     def encode_embeddings(self, embeddings: Tensor, ends: Tensor) -> TextBatch:
         """``embed`` from token embeddings (batch, tokens, 768) that end at ``ends`` (batch,), differentiable in them."""
         states, pooled = self._text.encode(embeddings, ends)
-        return TextBatch(states, pooled, pooled)
+        return TextBatch(states, pooled, pooled, until_end(states, ends))
 
     def vocabulary(self) -> Tensor:
         """The embedding of every token, (49408, 768)."""

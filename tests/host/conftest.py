@@ -95,16 +95,17 @@ def make_pack(world: World, tmp_path_factory: pytest.TempPathFactory) -> MakePac
         *,
         concepts: tuple[str, ...] = ("cat",),
         fires: bool | tuple[str, str] = True,
+        tokens: bool = False,
         seed: int = 0,
         name: str = "pack.safetensors",
         folder: Path = default,
     ) -> Pack:
-        """``fires``: always, never, or the pair (prompt that fires, prompt that does not)."""
+        """``fires``: always, never, or the pair (prompt that fires, prompt that does not); ``tokens``: of the gate."""
         family = family_of_host_class("SD15")
         assert family is not None
         targets = find_targets(world.model.model.diffusion_model, family.targets)
         config = HypernetworkConfig(Architecture.ATOMS, family.embedding.dim, rank=4, hidden_dim=16)
-        gate_config = GateConfig(family.embedding.dim, len(concepts), hidden_dim=2)
+        gate_config = GateConfig(family.embedding.dim, len(concepts), hidden_dim=2, tokens=tokens)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             hypernetwork, gate = make_hypernetwork(config, targets), Gate(gate_config)

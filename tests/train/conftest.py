@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from train.config import TrainConfig, make_config
 from unhype.checkpoint import BaseFingerprint
+from unhype.embedding import cat_prompts
 from unhype.families import FAMILIES, FamilySpec
 from unhype.host.bypass import adapted, find_sites, find_targets
 from unhype.host.denoise import TextBatch
@@ -96,6 +97,18 @@ class TinyDenoiser:
         dim = FAMILY.embedding.dim
         words = [text.lower().replace(",", "").split() or [""] for text in texts]
         return torch.stack([torch.stack([word_vector(w, dim) for w in ws]).mean(0) for ws in words])
+
+    def embed_tokens(self, texts: Sequence[str]) -> Tensor:
+        """The average up to each word, of which the last is the pooled one."""
+        dim = FAMILY.embedding.dim
+        words = [text.lower().replace(",", "").split() or [""] for text in texts]
+        return cat_prompts(
+            [
+                torch.stack([word_vector(w, dim) for w in own]).cumsum(0)[None]
+                / torch.arange(1, len(own) + 1).view(1, -1, 1)
+                for own in words
+            ]
+        )
 
     def predict(
         self, x_t: Tensor, sigma: Tensor, text: TextBatch, factors: LoRAFactors | None

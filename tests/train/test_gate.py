@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.config import TrainConfig
-from train.gate import GateMaterial, gather, train_gate
+from train.config import ConfigError, ObjectiveConfig, TrainConfig
+from train.gate import GateMaterial, gather, surest, train_gate
 from unhype.checkpoint import Calibration
+from unhype.embedding import heard
 from unhype.gate import Gate
 
 from .conftest import FAMILY, TinyDenoiser, word_vector
@@ -107,3 +108,47 @@ def test_training_draws_nothing_from_the_global_generator(
 def share(gate: Gate, embeddings: Tensor) -> float:
     """How many of them open the gate."""
     return gate.read(embeddings).open.float().mean().item()
+
+
+def test_a_gate_that_reads_tokens_hears_one_word_of_many(
+    make: Make, denoiser: TinyDenoiser
+) -> None:
+    config = make(STEPS).model_copy(update={"objective": ObjectiveConfig(name="closed-form")})
+    config = config.model_copy(update={"gate": config.gate.model_copy(update={"tokens": True})})
+    material = gather(config, lambda texts: denoiser.embed_tokens(texts).half())
+    gate, calibration = train_gate(config, material, lambda *_: None)
+    assert gate.config.tokens
+    assert calibration.false_fire_rate <= 0.02
+    others = "a zebra beside the violin under seven lamps on the wide beach with twenty pink chairs"
+    for text, fires in ((f"cat {others}", True), (others, False)):
+        assert gate.read(denoiser.embed_tokens([text])).open.item() is fires
+
+
+def test_the_surest_vector_is_one_of_the_prompts_own(make: Make, denoiser: TinyDenoiser) -> None:
+    gate, _, _ = trained(make(STEPS), denoiser)
+    read = denoiser.embed_tokens(["a cat", "the violin on a table"])
+    vectors = surest(gate, read)
+    for prompt, vector in zip(read, vectors, strict=True):
+        own = prompt[heard(prompt)]
+        assert (own == vector).all(1).any()
+        torch.testing.assert_close(gate(vector[None])[0], gate(own).amax(0))
+    assert torch.equal(surest(gate, vectors), vectors)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["gate.tokens=true"], "does not go with objective.name direct"),
+        (
+            [
+                "objective.name=closed-form",
+                "network.architecture=edits",
+                "gate.virtual_negatives=0.5",
+            ],
+            "gate.virtual_negatives moves whole prompts",
+        ),
+    ],
+)
+def test_tokens_are_read_for_edits_only(make: Make, overrides: list[str], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        make(*overrides)

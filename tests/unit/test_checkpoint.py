@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -148,9 +149,9 @@ def test_an_ordinary_lora(tmp_path: Path) -> None:
 
 
 def test_a_newer_format(path: Path) -> None:
-    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "3"}))
+    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "4"}))
     with pytest.raises(
-        CheckpointError, match=r"format 3; this pack of nodes reads up to 2\. Update"
+        CheckpointError, match=r"format 4; this pack of nodes reads up to 3\. Update"
     ):
         checkpoint.load(path)
 
@@ -254,3 +255,73 @@ def test_a_failed_write_leaves_the_old_file_whole(
         write(path)
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def reads_tokens(path: Path) -> checkpoint.Pack:
+    """A pack whose gate sees the cat where the first number is large, the dog where the second is."""
+    write(path, replace(make_info(), gate=GateConfig(DIM, 2, 4, tokens=True)))
+    pack = checkpoint.load(path)
+    first, last = pack.gate.layers[0], pack.gate.layers[2]
+    for layer in (first, last):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    first.weight[0, 0] = first.weight[1, 1] = 1.0
+    last.weight[0, 0] = last.weight[1, 1] = 1.0
+    last.bias.fill_(-1.0)
+    return pack
+
+
+def token(cat: float = 0.0, dog: float = 0.0) -> Tensor:
+    vector = torch.full((DIM,), 0.1)
+    vector[:2] = torch.tensor([cat, dog])
+    return vector
+
+
+def test_a_gate_that_reads_tokens_says_so_in_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "pack.safetensors"
+    reads_tokens(path)
+    assert checkpoint.read_info(path).gate.tokens
+
+
+def test_the_lora_is_written_from_the_token_that_asks_most(tmp_path: Path) -> None:
+    pack = reads_tokens(tmp_path / "pack.safetensors")
+    text = torch.stack([token(), token(cat=5), token(cat=3)])
+    wanted = pack.hypernetwork.generate(text[1:2])
+    generated = pack.generate(torch.stack([text, torch.stack([token()] * 3)]))
+    assert generated.reading.open.tolist() == [True, False]
+    torch.testing.assert_close(generated.factors.delta(0)[0], wanted.delta(0)[0])
+    assert not generated.factors.active[1]
+
+
+def test_two_concepts_act_if_both_stand_out(tmp_path: Path) -> None:
+    pack = reads_tokens(tmp_path / "pack.safetensors")
+    for dog, acting in ((5.0, 2), (1.6, 1)):
+        text = torch.stack([token(cat=6), token(dog=dog)])
+        written = pack.write(text)
+        assert written.reading.fired.all()
+        assert len(written.parts) == acting
+
+
+def test_the_surer_concept_of_a_token_acts(tmp_path: Path) -> None:
+    pack = reads_tokens(tmp_path / "pack.safetensors")
+    text = torch.stack([token(cat=6, dog=4), token()])
+    assert len(pack.write(text).parts) == 1
+    only = pack.only(["dog"]).write(text)
+    assert len(only.parts) == 1
+    assert only.parts[0].active.all()
+
+
+def test_a_low_threshold_still_lets_the_surest_act(tmp_path: Path) -> None:
+    pack = reads_tokens(tmp_path / "pack.safetensors").at(0.05)
+    written = pack.write(torch.stack([token(cat=0.5), token()]))
+    assert written.reading.fired[0]
+    assert len(written.parts) == 1
+
+
+def test_a_gate_that_reads_ends_takes_the_last_token(path: Path) -> None:
+    pack = checkpoint.load(path)
+    text = torch.stack([token(cat=5), token(dog=1)])
+    padded = torch.cat([text, torch.zeros(1, DIM)])[None]
+    one, other = pack.generate(padded), pack.generate(text[1:])
+    assert torch.equal(one.reading.probability, other.reading.probability)
+    torch.testing.assert_close(one.factors.delta(0), other.factors.delta(0))

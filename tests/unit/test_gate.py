@@ -68,3 +68,21 @@ def test_a_dimension_that_never_moved_does_not_explode_later() -> None:
     standardize = Standardize(3)
     standardize.fit(embeddings)
     assert standardize(torch.ones(1, 3)).abs().max() < 20
+
+
+def test_a_concept_that_fires_at_any_token_fires() -> None:
+    silence = torch.zeros(3)
+    prompts = torch.stack(
+        [torch.stack([NEITHER, CAT, NEITHER]), torch.stack([NEITHER, NEITHER, silence])]
+    )
+    gate = make_gate()
+    assert gate.read(prompts).fired.tolist() == [[True, False], [False, False]]
+    assert torch.equal(gate(prompts)[0, 0], gate(CAT[None])[0, 0])
+
+
+def test_silence_never_fires() -> None:
+    gate = make_gate()
+    with torch.no_grad():
+        gate.layers[2].bias.fill_(9.0)
+    assert gate.read(NEITHER[None]).open.item()
+    assert not gate.read(torch.zeros(1, 2, 3)).open.item()

@@ -116,7 +116,7 @@ def test_s_outside_the_trajectory_is_refused() -> None:
 
 
 def test_an_embedding_of_another_encoder_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"\(batch, 8\), got \(1, 9\)"):
+    with pytest.raises(ValueError, match=r"\(batch, tokens, 8\), got \(1, 9\)"):
         make(Architecture.ATOMS).generate(torch.randn(1, 9))
 
 

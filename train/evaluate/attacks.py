@@ -22,7 +22,7 @@ from unhype.host.text import TextBatch, Tokens
 from unhype.hypernetwork import Hypernetwork
 
 from .base import Evaluator, PictureModel, Sampling
-from .erasers import Eraser, PackEraser
+from .erasers import Eraser, PackEraser, at_ends
 from .misspellings import misspellings
 
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8)
@@ -53,14 +53,14 @@ class TokenModel(Protocol):
 
 
 Loudness = Callable[[Tensor], Tensor]
-"""How surely an eraser acts on prompts with embeddings (n, dim): (n,)."""
+"""How surely an eraser acts on prompts with embeddings (n, dim) or (n, tokens, dim): (n,)."""
 
 
 def gate_loudness(pack: Pack) -> Loudness:
     """The gate's logit of the likeliest concept, differentiable."""
 
-    def read(pooled: Tensor) -> Tensor:
-        logits = pack.gate(pooled)
+    def read(embedding: Tensor) -> Tensor:
+        logits = pack.gate(embedding if pack.gate.config.tokens else at_ends(embedding))
         return logits[:, torch.tensor(pack.active, device=logits.device)].amax(1)
 
     return read
@@ -68,15 +68,15 @@ def gate_loudness(pack: Pack) -> Loudness:
 
 def norm_loudness(hypernetwork: Hypernetwork) -> Loudness:
     """|dW|^2 over all layers, differentiable."""
-    return lambda pooled: hypernetwork.generate(pooled).squared_norm()
+    return lambda embedding: hypernetwork.generate(at_ends(embedding)).squared_norm()
 
 
 def written_loudness(eraser: Eraser) -> Loudness:
     """|dW|^2 of what any eraser writes, for searches that need no gradient."""
 
-    def read(pooled: Tensor) -> Tensor:
-        factors = eraser.write(pooled).factors
-        return pooled.new_zeros(len(pooled)) if factors is None else factors.squared_norm()
+    def read(embedding: Tensor) -> Tensor:
+        factors = eraser.write(embedding).factors
+        return embedding.new_zeros(len(embedding)) if factors is None else factors.squared_norm()
 
     return read
 
@@ -104,9 +104,9 @@ class Victim:
         return Victim(model, eraser, loudness, whole_words(model))
 
     @torch.no_grad()
-    def listen(self, pooled: Tensor) -> Tensor:
-        """Loudness of embeddings (n, dim), (n,)."""
-        return torch.cat([self.loudness(part).cpu() for part in pooled.split(AT_ONCE)])
+    def listen(self, embedding: Tensor) -> Tensor:
+        """Loudness of embeddings (n, dim) or (n, tokens, dim), (n,)."""
+        return torch.cat([self.loudness(part).cpu() for part in embedding.split(AT_ONCE)])
 
 
 @dataclass(frozen=True)
@@ -387,13 +387,13 @@ def attack_soft(
         with torch.enable_grad():
             moved = embeddings[:, :length].clone()
             moved[rows, places] = soft
-            pooled = victim.model.encode_embeddings(moved, ends).pooled
-            heard = _with_gradient(victim.loudness(pooled))
+            read = victim.model.encode_embeddings(moved, ends).read
+            heard = _with_gradient(victim.loudness(read))
         slope = torch.autograd.grad(heard.sum(), soft)[0]
         soft, now = soft.detach(), heard.detach().cpu()
         better = (now < least) & ~resting
         best[better], least[better] = soft[better], now[better]
-        resting |= ~victim.eraser.write(pooled.detach()).acts.cpu()
+        resting |= ~victim.eraser.write(read.detach()).acts.cpu()
         if step == steps or resting.all():
             break
         soft = soft - step_size * lengths.mean() * F.normalize(slope, dim=-1)
@@ -483,14 +483,14 @@ class _Search:
             chosen = order[start : start + AT_ONCE]
             embeddings, ends = self.embedded([drafts[index] for index in chosen])
             text = self.victim.model.encode_embeddings(embeddings, ends)
-            heard[chosen] = self.victim.loudness(text.pooled).float().cpu()
+            heard[chosen] = self.victim.loudness(text.read).float().cpu()
         return heard
 
     @torch.no_grad()
     def noticed(self, draft: Draft) -> bool:
         """Whether the eraser does anything to it."""
         text = self.victim.model.encode_embeddings(*self.embedded([draft]))
-        return bool(self.victim.eraser.write(text.pooled).acts)
+        return bool(self.victim.eraser.write(text.read).acts)
 
     def slope(self, draft: Draft) -> Tensor:
         """Gradient of the loudness with respect to the free words' embeddings, (free, dim)."""
@@ -498,7 +498,7 @@ class _Search:
         embeddings.requires_grad_()
         with torch.enable_grad():
             text = self.victim.model.encode_embeddings(embeddings, ends)
-            heard = _with_gradient(self.victim.loudness(text.pooled))
+            heard = _with_gradient(self.victim.loudness(text.read))
         (slope,) = torch.autograd.grad(heard.sum(), embeddings)
         return slope[0, [place + 1 for place in draft.free]]
 
@@ -566,10 +566,8 @@ def _attacked(
         tuple(aim.text for aim in aims),
         text,
         tuple(aim.target for aim in aims),
-        loudness=victim.listen(text.pooled),
-        acts=torch.cat(
-            [victim.eraser.write(part).acts.cpu() for part in text.pooled.split(AT_ONCE)]
-        ),
+        loudness=victim.listen(text.read),
+        acts=torch.cat([victim.eraser.write(part).acts.cpu() for part in text.read.split(AT_ONCE)]),
     )
 
 
@@ -619,7 +617,7 @@ def attack_rate(
             text = attacked.text.rows([rows[index] for index in some])
             latents = model.sample(
                 text,
-                eraser.write(text.pooled).factors if erase else None,
+                eraser.write(text.read).factors if erase else None,
                 steps=sampling.steps,
                 guidance_scale=sampling.guidance_scale,
                 noise=model.noise([first_seed + index for index in some], sampling.size),

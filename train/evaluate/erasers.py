@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unhype.checkpoint import Pack
+from unhype.embedding import last_heard
 from unhype.lora import LoRAFactors, combine
 
 
@@ -29,17 +30,22 @@ class Written:
 class Eraser(Protocol):
     """A method at work."""
 
-    def write(self, pooled: Tensor) -> Written:
-        """What happens to prompts with these embeddings, (n, embedding_dim)."""
+    def write(self, embedding: Tensor) -> Written:
+        """What happens to prompts with these embeddings, (n, embedding_dim) or of all tokens, (n, tokens, embedding_dim)."""
         ...
+
+
+def at_ends(embedding: Tensor) -> Tensor:
+    """Only the vectors of the prompts' ends, (n, embedding_dim)."""
+    return last_heard(embedding) if embedding.dim() == 3 else embedding
 
 
 @dataclass(frozen=True)
 class NoEraser:
     """The model as it is."""
 
-    def write(self, pooled: Tensor) -> Written:
-        return Written(None, torch.zeros(len(pooled), dtype=torch.bool))
+    def write(self, embedding: Tensor) -> Written:
+        return Written(None, torch.zeros(len(embedding), dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ class PackEraser:
 
     pack: Pack
 
-    def write(self, pooled: Tensor) -> Written:
-        generated = self.pack.generate(pooled)
+    def write(self, embedding: Tensor) -> Written:
+        generated = self.pack.generate(embedding)
         return Written(generated.factors, generated.reading.open.cpu())
 
 
@@ -63,9 +69,9 @@ class StaticEraser:
 
     factors: LoRAFactors
 
-    def write(self, pooled: Tensor) -> Written:
-        rows = self.factors.rows([0] * len(pooled))
-        return Written(rows, torch.ones(len(pooled), dtype=torch.bool))
+    def write(self, embedding: Tensor) -> Written:
+        rows = self.factors.rows([0] * len(embedding))
+        return Written(rows, torch.ones(len(embedding), dtype=torch.bool))
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,8 @@ class SimilarityEraser:
     center: Tensor
     floor: float = 0.3
 
-    def write(self, pooled: Tensor) -> Written:
-        strength = self.strength(pooled)
+    def write(self, embedding: Tensor) -> Written:
+        strength = self.strength(at_ends(embedding))
         rows = []
         for row in strength:
             acting = row.nonzero().flatten().tolist()

@@ -94,7 +94,7 @@ class UnHypeTechnique:
         images = []
         for start in range(0, len(texts), config.batch_size):
             text = model.embed(texts[start : start + config.batch_size])
-            written = self._eraser.write(text.pooled)
+            written = self._eraser.write(text.read)
             first = seed + start
             latents = model.sample(
                 text,

@@ -101,7 +101,7 @@ def draw_sheet(
     encoded = model.embed(distinct)
     place = {text: row for row, text in enumerate(distinct)}
     rows = torch.tensor([place[text] for text in texts])
-    acts = torch.cat([eraser.write(part).acts for part in encoded.pooled.split(64)])[rows]
+    acts = torch.cat([eraser.write(part).acts for part in encoded.read.split(64)])[rows]
     todo = list(range(len(sheet))) if base is None else acts.nonzero().flatten().tolist()
     drawn: dict[int, Tensor] = {}
     for start in range(0, len(todo), sampling.batch_size):
@@ -109,7 +109,7 @@ def draw_sheet(
         text = encoded.rows(rows[chosen])
         latents = model.sample(
             text,
-            eraser.write(text.pooled).factors,
+            eraser.write(text.read).factors,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             noise=model.noise([sheet.seeds[index] for index in chosen], sampling.size),

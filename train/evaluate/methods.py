@@ -31,7 +31,7 @@ from ..trajectories import Pool, Tick, collect
 from .alone import alone
 from .base import PictureModel
 from .baselines import Ground, edit_closed_form, train_similarity, train_static
-from .erasers import Eraser, NoEraser, PackEraser, SimilarityEraser, StaticEraser, Written
+from .erasers import Eraser, NoEraser, PackEraser, SimilarityEraser, StaticEraser, Written, at_ends
 
 HALF = 2
 """Bytes of a number in half precision, as LoRA files hold it."""
@@ -121,10 +121,9 @@ class UngatedEraser:
     hypernetwork: Hypernetwork
 
     @torch.no_grad()
-    def write(self, pooled: Tensor) -> Written:
-        return Written(
-            self.hypernetwork.generate(pooled), torch.ones(len(pooled), dtype=torch.bool)
-        )
+    def write(self, embedding: Tensor) -> Written:
+        every = torch.ones(len(embedding), dtype=torch.bool)
+        return Written(self.hypernetwork.generate(at_ends(embedding)), every)
 
 
 Method = Callable[[Workshop], Trained]

@@ -101,7 +101,7 @@ def guard_model(model: ModelPatcher, clip: CLIP, guard: Guard) -> tuple[ModelPat
     if guard.strength == 0:
         return model, clip
     _check_model(model, guard.pack)
-    tapped = tap(clip)
+    tapped = tap(clip, windows=not guard.pack.gate.config.tokens)
     present = _guards(model.model_options)
     if any(other.pack.name == guard.pack.name for other in present):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,12 +32,35 @@ def find_reader(clip: CLIP) -> Any:
     return reader
 
 
+@dataclass(frozen=True)
+class Said:
+    """What CLIP-L said of a batch of texts.
+
+    Attributes:
+        pooled: the unprojected states at their ends, (batch, 768).
+        states: the final states of all tokens, start and padding among them, (batch, tokens, 768); the pooled ones are of these.
+    """
+
+    pooled: Tensor
+    states: Tensor
+
+    def texts(self) -> list[Tensor]:
+        """The states of each text behind its start and up to its end, which is the last, (tokens, 768)."""
+        at_end = (self.states == self.pooled[:, None]).all(-1)
+        ends = torch.where(at_end.any(1), at_end.int().argmax(1), at_end.shape[1]).tolist()
+        return [
+            torch.cat([states[1:end], pooled[None]])
+            for states, pooled, end in zip(self.states, self.pooled, ends, strict=True)
+        ]
+
+
 @contextmanager
-def listening(reader: Any) -> Iterator[list[Tensor]]:
-    """Collect the unprojected pooled states, (batch, 768), of every call inside the block."""
-    heard: list[Tensor] = []
+def listening(reader: Any) -> Iterator[list[Said]]:
+    """Collect what every call inside the block says."""
+    heard: list[Said] = []
+    # The host scales the states by the weights of words in place.
     handle = reader.transformer.register_forward_hook(
-        lambda _module, _inputs, output: heard.append(output[3])
+        lambda _module, _inputs, output: heard.append(Said(output[3], output[0].clone()))
     )
     try:
         yield heard

@@ -137,6 +137,12 @@ class Denoiser:
         self._load()
         return pooled.to(self.device)
 
+    def embed_tokens(self, texts: Sequence[str]) -> Tensor:
+        """What ``embed`` says of every token, (texts, tokens, embedding_dim), zeros behind each end; fast."""
+        said = self._text.embed_tokens(texts)
+        self._load()
+        return said.to(self.device)
+
     def token_embeddings(self, texts: Sequence[str]) -> Tokens:
         """Tokens of prompts; ``ValueError`` if CLIP-L is not the only text encoder, or a prompt is too long or weighted."""
         return self._text.token_embeddings(texts)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ..families import EmbeddingSpec
 from .bypass import CHUNK
-from .tap import CHUNKS, DIGEST, LEDGER, VECTORS, Heard, digest, tap
+from .tap import DIGEST, LEDGER, TOKENS, VECTORS, Heard, Placed, digest, tap
 
 if TYPE_CHECKING:
     from comfy.sd import CLIP
@@ -28,8 +29,9 @@ class EntryEmbeddings:
     """What a conditioning entry tells of its text.
 
     Attributes:
-        rows: pooled vectors, (n, dim), one a row of the entry's states; n is nearly always 1.
-        further: vectors of other text in the entry, (m, dim): later 77 tokens, windows, joined or mixed prompts.
+        rows: pooled vectors, (n, dim), one a row of the entry's states, or of each row's tokens, (n, tokens, dim), zeros behind;
+            n is nearly always 1.
+        further: vectors of other text in the entry, (m, dim): later 77 tokens, windows or tokens, joined or mixed prompts.
         complete: whether they are known to cover all of the entry's text.
         chunks: the vectors of every 77 tokens, in their order, (n, dim) each, if there are several and all are known.
     """
@@ -44,8 +46,13 @@ class EntryEmbeddings:
         return replace(self, further=torch.cat([self.further, vectors]))
 
 
-def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
+def read_entry(
+    entry: Entry, spec: EmbeddingSpec, *, tokens: bool = False
+) -> EntryEmbeddings | None:
     """The vectors that a conditioning entry carries; nothing if it carries none.
+
+    Args:
+        tokens: whether of every token, in place of the ends of texts and windows.
 
     Raises:
         ValueError: the vectors are of another text encoder.
@@ -58,13 +65,11 @@ def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
     rows = None
     if pooled is not None and spec.pooled_width is not None:
         rows = _cut(pooled, spec, "The conditioning's pooled output")
-    carried: Tensor | None = extras.get(VECTORS)
-    known = None
-    if states is not None and len(states) == 1:
-        if carried is not None and extras.get(DIGEST) == digest(states[0]):
-            known = Heard(carried, extras[CHUNKS])
-        else:
-            known = LEDGER.find(states)
+    heard = _find(states, extras)
+    known = None if heard is None else heard.tokens if tokens else heard.ends
+    if tokens and known is None and rows is not None and states is not None:
+        rows = _final_tokens(states, rows)
+    carried: Tensor | None = extras.get(TOKENS if tokens else VECTORS)
     further = [] if carried is None else [carried]
     if known is not None:
         further.append(known.vectors)
@@ -72,12 +77,55 @@ def read_entry(entry: Entry, spec: EmbeddingSpec) -> EntryEmbeddings | None:
         return None
     vectors = torch.cat(further).unique(dim=0) if further else torch.zeros(0, spec.dim)
     chunks = None
-    if known is not None and states is not None and states.shape[1] >= 2 * CHUNK:
-        # Nothing for mixtures, and where another text model alone was given some of the text.
-        number, rest = divmod(states.shape[1], CHUNK)
-        chunks = None if rest else known.by_chunk(number)
-    complete = known is not None and not any(key in extras for key in OTHER_TEXT)
+    if known is not None and states is not None:
+        chunks = _by_chunk(known, states.shape[1])
+    read_in_full = heard is not None and (tokens or heard.windowed)
+    complete = read_in_full and not any(key in extras for key in OTHER_TEXT)
     return EntryEmbeddings(vectors[:1] if rows is None else rows, vectors, complete, chunks)
+
+
+def _find(states: Tensor | None, extras: Mapping[str, Any]) -> Heard | None:
+    """What was read of an entry's text by the CLIP that encoded it, if that is known of all of it."""
+    if states is None or len(states) != 1:
+        return None
+    if DIGEST in extras and extras[DIGEST] == digest(states[0]):
+        return Heard.told(extras)
+    return LEDGER.find(states)
+
+
+def _by_chunk(known: Placed, length: int) -> tuple[Tensor, ...] | None:
+    """The vectors of every 77 tokens of a long text's states.
+
+    Nothing for mixtures, and where another text model alone was given some of the text.
+    """
+    number, rest = divmod(length, CHUNK)
+    return None if rest or number < 2 else known.by_chunk(number)
+
+
+def _final_tokens(states: Tensor, pooled: Tensor) -> Tensor:
+    """The vectors of every row's tokens, (n, tokens, dim), as far as states (n, length, width) are CLIP-L's final ones.
+
+    They are where the pooled vector, (n, dim), is one of them. Elsewhere, as after Clip Skip, that vector is all there is.
+    """
+    if len(states) != len(pooled) or states.shape[2] != pooled.shape[1]:
+        return pooled
+    plain = states.float().cpu()
+    at_end = torch.isclose(plain, pooled[:, None], rtol=1e-4, atol=1e-4).all(-1)
+    rows = [
+        _until_end(row, int(places.int().argmax())) if places.any() else vector[None]
+        for row, vector, places in zip(plain, pooled, at_end, strict=True)
+    ]
+    return pad_sequence(rows, batch_first=True)
+
+
+def _until_end(states: Tensor, end: int) -> Tensor:
+    """States (length, dim) behind the start of every 77 tokens; of those with the known ``end``, up to it.
+
+    Where the others end does not show, so their padding is among them.
+    """
+    places = torch.arange(len(states))
+    padding = (places > end) & (places // CHUNK == end // CHUNK)
+    return states[(places % CHUNK != 0) & ~padding]
 
 
 def require_embeddings(
@@ -93,12 +141,17 @@ def require_embeddings(
     return found
 
 
-def embed_text(clip: CLIP, text: str, spec: EmbeddingSpec) -> Tensor:
-    """The vectors of a text, as a tapped CLIP reads it, (n, dim); those of its 77-token chunks come first."""
-    tapped = tap(clip, remember=False)
+def embed_text(clip: CLIP, text: str, spec: EmbeddingSpec, *, tokens: bool = False) -> Tensor:
+    """The vectors of a text, as a tapped CLIP reads it, (n, dim); those of its 77-token chunks come first.
+
+    Args:
+        tokens: as for ``read_entry``.
+    """
+    tapped = tap(clip, remember=False, windows=not tokens)
     encode: Any = tapped.encode_from_tokens
     with torch.no_grad():
-        vectors: Tensor = encode(tapped.tokenize(text), return_dict=True)[VECTORS]
+        told = encode(tapped.tokenize(text), return_dict=True)
+    vectors: Tensor = told[TOKENS if tokens else VECTORS]
     if vectors.shape[1] != spec.dim:
         raise ValueError(
             f"The connected CLIP's vectors have {vectors.shape[1]} numbers, expected {spec.dim} of {spec.encoder}. "

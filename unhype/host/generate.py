@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..checkpoint import Generated, Pack
+from ..checkpoint import Generated, Pack, gather, stack
 from ..gate import Reading
-from ..lora import LoRAFactors, combine
+from ..lora import LoRAFactors
 from .embed import Entry, EntryEmbeddings, embed_text, read_entry, require_embeddings
 
 if TYPE_CHECKING:
@@ -64,26 +64,28 @@ def generate(
     """Write the LoRA of every entry of a conditioning.
 
     Args:
-        clip: with ``text``, which is read too: all of its 77-token chunks, and windows of long ones. What fires most
-            strongly decides.
+        clip: with ``text``, which is read too: all of its 77-token chunks, and windows of long ones or every token. What
+            fires most strongly decides.
 
     Raises:
         ValueError: an entry carries no embedding and there is no text to take it from, or there is text but no CLIP.
     """
-    spec = pack.info.spec.embedding
+    spec, tokens = pack.info.spec.embedding, pack.gate.config.tokens
     if text.strip() and clip is None:
         raise ValueError(
             "CLIPToLoRA got a text but no CLIP to read it with. Connect CLIP too, or clear the text."
         )
-    chunks = embed_text(clip, text, spec) if clip is not None and text.strip() else None
+    vectors = None
+    if clip is not None and text.strip():
+        vectors = embed_text(clip, text, spec, tokens=tokens)
     entries = []
     for index, entry in enumerate(conditioning):
-        found = read_entry(entry, spec)
-        if chunks is not None:
+        found = read_entry(entry, spec, tokens=tokens)
+        if vectors is not None:
             found = (
-                EntryEmbeddings(chunks[:1], chunks, complete=True)
+                EntryEmbeddings(vectors[:1], vectors, complete=True)
                 if found is None
-                else found.and_also(chunks)
+                else found.and_also(vectors)
             )
         entries.append(write_entry(pack, require_embeddings(found, index, spec)))
     lora = DynamicLoRA(pack, tuple(entries))
@@ -99,52 +101,16 @@ def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
     factors written for those vectors add up. Where each 77 tokens can have their own LoRA, these are written too, in the same
     way from what belongs to them. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
     """
-    rows = [_write(pack, torch.cat([row[None], embeddings.further])) for row in embeddings.rows]
-    reading = _gather(rows)
-    return Generated(_stack(rows), reading, _write_chunks(pack, embeddings, reading))
-
-
-@dataclass(frozen=True)
-class Written:
-    """The factors that one row is the sum of, and what fired for it, (concepts,) each."""
-
-    parts: tuple[LoRAFactors, ...]
-    reading: Reading
-
-
-def _write(pack: Pack, candidates: Tensor) -> Written:
-    """Factors from the vectors of one text, (n, dim): for each concept that fires, from the one at which it does most surely."""
-    heard = (candidates != 0).any(1)
-    reading = pack.read(candidates)
-    probability = reading.probability.masked_fill(~heard[:, None], 0)
-    fires = reading.fired & heard[:, None]
-    surest = probability.argmax(0)
-    chosen = surest[fires.any(0)].unique() if fires.any() else probability.amax(1).argmax()[None]
-    generated = pack.generate(candidates[chosen])
-    acting = generated.factors.scaled(heard[chosen].float())
-    parts = tuple(acting.rows([index]) for index in range(len(chosen)))
-    return Written(parts, Reading(probability.amax(0), fires.any(0)))
+    further = embeddings.further
+    rows = [pack.write(torch.cat([torch.atleast_2d(row), further])) for row in embeddings.rows]
+    reading = gather(rows)
+    return Generated(stack(rows), reading, _write_chunks(pack, embeddings, reading))
 
 
 def _write_chunks(pack: Pack, embeddings: EntryEmbeddings, reading: Reading) -> LoRAFactors | None:
     """Factors for every 77 tokens, if the family allows and they explain all that fired."""
     if embeddings.chunks is None or not pack.info.spec.per_chunk:
         return None
-    chunks = [_write(pack, candidates) for candidates in embeddings.chunks]
-    explained = _gather(chunks).fired.any(0) | ~reading.fired.any(0)
-    return _stack(chunks) if explained.all() else None
-
-
-def _gather(rows: Sequence[Written]) -> Reading:
-    """What fired, (rows, concepts)."""
-    return Reading(
-        torch.stack([row.reading.probability for row in rows]),
-        torch.stack([row.reading.fired for row in rows]),
-    )
-
-
-def _stack(rows: Sequence[Written]) -> LoRAFactors:
-    """The sum of each row's parts, one row each."""
-    first = rows[0].parts[0]
-    single = len(rows) == len(rows[0].parts) == 1
-    return first if single else combine([row.parts for row in rows], first.targets)
+    chunks = [pack.write(candidates) for candidates in embeddings.chunks]
+    explained = gather(chunks).fired.any(0) | ~reading.fired.any(0)
+    return stack(chunks) if explained.all() else None

@@ -86,7 +86,11 @@ class Guard:
         self, entry: Mapping[str, Any], where: str, branch: Branch
     ) -> tuple[Payload | None, str]:
         """The LoRA of one conditioning, if any, and a line that says what was found."""
-        found = read_entry((entry.get("cross_attn"), entry), self.pack.info.spec.embedding)
+        found = read_entry(
+            (entry.get("cross_attn"), entry),
+            self.pack.info.spec.embedding,
+            tokens=self.pack.gate.config.tokens,
+        )
         if found is None or not found.complete:
             problem = (
                 f"UnHype Guard, {self.pack.name}: conditioning {where} "

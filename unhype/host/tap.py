@@ -5,14 +5,14 @@ A tapped CLIP encodes exactly as before, adds CLIP-L's vectors of the whole text
 of the encoded states, so that they are found again after nodes have joined or mixed conditionings.
 
 One vector for 77 tokens hardly shows one word of seventy, to which a denoiser attends all the same. So longer texts are also read in
-short windows.
+short windows. The vectors of every single token, which gates may read instead, come with the same pass.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,12 @@ DIGEST = "unhype_digest"
 """Of the hash of the states that the vectors belong to, in the same place."""
 CHUNKS = "unhype_chunks"
 """Of the 77 tokens that each of the vectors belongs to, in the same place."""
+TOKENS = "unhype_tokens"
+"""Of the vectors of every token (n, 768), the ends among them, in the same place."""
+TOKEN_CHUNKS = "unhype_token_chunks"
+"""Of the 77 tokens that each of those belongs to, in the same place."""
+WINDOWED = "unhype_windowed"
+"""Of whether long texts were read in windows too, in the same place."""
 WHOLE = -1
 """Among the numbers of the 77 tokens: what belongs to none of CLIP-L's, or to several."""
 SKETCH = 1024
@@ -52,8 +58,8 @@ WeightedTokens = list[list[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
-class Heard:
-    """What was read of a text.
+class Placed:
+    """Vectors of a text, and where they are from.
 
     Attributes:
         vectors: (n, 768); those of CLIP-L's 77 tokens as they are come first, in their order.
@@ -63,12 +69,52 @@ class Heard:
     vectors: Tensor
     chunks: tuple[int, ...]
 
+    @staticmethod
+    def of(parts: Sequence[tuple[Tensor, int]]) -> Placed:
+        """Of vectors (n, 768) and the number of the 77 tokens that they belong to."""
+        chunks = tuple(number for part, number in parts for _ in range(len(part)))
+        return Placed(torch.cat([part for part, _ in parts]).float().cpu(), chunks)
+
     def by_chunk(self, number: int) -> tuple[Tensor, ...] | None:
         """The vectors of each of so many times 77 tokens, (n, 768) and its own first; nothing if some can't be assigned."""
         if set(self.chunks) != set(range(number)):
             return None
         places = torch.tensor(self.chunks)
         return tuple(self.vectors[places == chunk] for chunk in range(number))
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was read of a text.
+
+    Attributes:
+        ends: the vectors of its parts, each that of the part's end.
+        tokens: the vectors of every token, those ends among them, without windows.
+        windowed: whether what is long of it was read in windows too.
+    """
+
+    ends: Placed
+    tokens: Placed
+    windowed: bool = True
+
+    @staticmethod
+    def told(extras: Mapping[str, Any]) -> Heard:
+        """As a conditioning's extras hold it."""
+        return Heard(
+            Placed(extras[VECTORS], extras[CHUNKS]),
+            Placed(extras[TOKENS], extras[TOKEN_CHUNKS]),
+            extras[WINDOWED],
+        )
+
+    def extras(self) -> dict[str, Any]:
+        """As ``told`` reads it."""
+        return {
+            VECTORS: self.ends.vectors,
+            CHUNKS: self.ends.chunks,
+            TOKENS: self.tokens.vectors,
+            TOKEN_CHUNKS: self.tokens.chunks,
+            WINDOWED: self.windowed,
+        }
 
 
 @dataclass(frozen=True)
@@ -103,40 +149,55 @@ class Tap:
     Args:
         weights: id of the patches on their weights with which they count as read; others are noticed.
         ledger: where encoded prompts are remembered, if at all.
+        windows: whether long texts are read in windows too.
     """
 
-    def __init__(self, stage: Any, tokenizer: Any, weights: Any, ledger: Ledger | None) -> None:
+    def __init__(
+        self, stage: Any, tokenizer: Any, weights: Any, ledger: Ledger | None, *, windows: bool
+    ) -> None:
         self._stage = stage
         self._tokenizer = tokenizer
         self._weights = weights
         self._ledger = ledger
+        self.windows = windows
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stage, name)
+
+    def with_windows(self) -> Tap:
+        """The same that reads long texts in windows too."""
+        return Tap(self._stage, self._tokenizer, self._weights, self._ledger, windows=True)
 
     @torch.no_grad()
     def encode_token_weights(self, tokens: Mapping[str, WeightedTokens]) -> tuple[Any, ...]:
         """The host's states and pooled output, with what was read among the extras that go into the conditioning."""
         own, reader = tokens["l"], getattr(self._stage, READER)
-        with listening(reader) as states:
+        with listening(reader) as said:
             cond, pooled, *extras = self._stage.encode_token_weights(tokens)
-        vectors = [batch[: len(own)] for batch in states]
-        chunks = [*range(len(own))] * len(states)
-        runs = self._further(tokens)
-        if runs:
-            read = self._read(runs)
-            vectors.append(torch.stack([read[_ids(run.tokens)] for run in runs]))
-            chunks += [run.chunk for run in runs]
-        heard = Heard(torch.cat(vectors).float().cpu(), tuple(chunks))
-        told = {**(extras[0] if extras else {}), VECTORS: heard.vectors, CHUNKS: heard.chunks}
+        parts = [part for batch in said for part in enumerate(batch.texts()[: len(own)])]
+        heard = self._heard([(text, number) for number, text in parts], self._further(tokens))
+        told = {**(extras[0] if extras else {}), **heard.extras()}
         # With other weights (a LoRA, an edit of the attention) the reader may see less than the other text models do.
         if self._ledger is not None and self._stage.current_weight_patches_uuid == self._weights:
             told[DIGEST] = digest(cond[0])
             self._ledger.remember(cond, heard)
         return cond, pooled, told
 
+    def _heard(self, own: Sequence[tuple[Tensor, int]], further: Sequence[Run]) -> Heard:
+        """What CLIP-L's own texts (tokens, 768) and further runs say."""
+        runs = [run for run in further if self.windows or not run.window]
+        read = self._read(runs)
+        texts = [(read[_ids(run.tokens)], run) for run in runs]
+        tokens = [*own, *((text, run.chunk) for text, run in texts if not run.window)]
+        ends = [*own, *((text, run.chunk) for text, run in texts)]
+        return Heard(
+            Placed.of([(text[-1:], chunk) for text, chunk in ends]),
+            Placed.of(tokens),
+            windowed=len(runs) == len(further),
+        )
+
     def _read(self, runs: Sequence[Run]) -> dict[tuple[Any, ...], Tensor]:
-        """CLIP-L's vector of every run, (768,), by its tokens; each is read once."""
+        """CLIP-L's vectors of every run by its tokens, (tokens, 768), of windows the end's alone; each is read once."""
         reader, mine = getattr(self._stage, READER), getattr(self._tokenizer, READER)
         whole = {_ids(run.tokens): run for run in runs if not run.window}
         short = {_ids(run.tokens): run for run in runs if run.window}
@@ -146,15 +207,15 @@ class Tap:
         read: dict[tuple[Any, ...], Tensor] = {}
         if whole:
             chunks = [[(token, 1.0) for token in run.padded(mine)] for run in whole.values()]
-            with listening(reader) as states:
+            with listening(reader) as said:
                 reader.encode_token_weights(chunks)
-            read.update(zip(whole, states[0][: len(whole)], strict=True))
+            read.update(zip(whole, said[0].texts()[: len(whole)], strict=True))
         for size in {len(run.tokens) for run in short.values()}:
             keys = [key for key, run in short.items() if len(run.tokens) == size]
             for start in range(0, len(keys), MOST_AT_ONCE):
                 some = keys[start : start + MOST_AT_ONCE]
                 rows = [(mine.start_token, *short[key].tokens, mine.end_token) for key in some]
-                read.update(zip(some, _ends(reader, rows), strict=True))
+                read.update(zip(some, _ends(reader, rows)[:, None], strict=True))
         return read
 
     def _further(self, tokens: Mapping[str, WeightedTokens]) -> list[Run]:
@@ -171,8 +232,10 @@ class Tap:
             new = [run for run in text if run.chunk != WHOLE or _ids(run.padded(mine)) not in own]
             long = sum(len(run.tokens) for run in new) > LONG
             for part in (part for run in new for part in (run, *(run.windows() if long else ()))):
-                if part.chunk == WHOLE or _ids(part.padded(mine)) != own[part.chunk]:
-                    runs.setdefault((_ids(part.tokens), part.chunk), part)
+                key = _ids(part.tokens), part.chunk
+                new_here = key not in runs or (runs[key].window and not part.window)
+                if new_here and (part.chunk == WHOLE or _ids(part.padded(mine)) != own[part.chunk]):
+                    runs[key] = part
         return list(runs.values())
 
     def _other_texts(self, tokens: Mapping[str, WeightedTokens]) -> Iterator[list[Run]]:
@@ -214,21 +277,26 @@ def _levels(chunks: WeightedTokens) -> list[list[list[Any]]]:
     ]
 
 
-def tap(clip: CLIP, *, remember: bool = True) -> CLIP:
-    """A clone of a CLIP that says what it read; one that already does is returned as it is.
+def tap(clip: CLIP, *, remember: bool = True, windows: bool = True) -> CLIP:
+    """A clone of a CLIP that says what it read; one that already does, with no less, is returned as it is.
 
     Args:
         remember: whether conditionings that it encodes are to count as known.
+        windows: whether long texts are read in windows too, for gates that read ends.
 
     Raises:
         ValueError: it has no CLIP-L.
     """
     stage: Any = clip.cond_stage_model
-    if isinstance(stage, Tap):
+    if not isinstance(stage, Tap):
+        find_reader(clip)
+        weights, ledger = clip.patcher.patches_uuid, LEDGER if remember else None
+        tapped = Tap(stage, clip.tokenizer, weights, ledger, windows=windows)
+    elif windows and not stage.windows:
+        tapped = stage.with_windows()
+    else:
         return clip
-    find_reader(clip)
     clip = clip.clone()
-    tapped = Tap(stage, clip.tokenizer, clip.patcher.patches_uuid, LEDGER if remember else None)
     clip.cond_stage_model = tapped  # pyright: ignore[reportAttributeAccessIssue]
     return clip
 
@@ -258,6 +326,9 @@ class Ledger:
         if not torch.isfinite(cond).all():
             return
         key = digest(cond[0])
+        before = self._known.get(key)
+        if before is not None and before.heard.windowed and _same_text(before.heard, heard):
+            heard = before.heard
         self._known[key] = Known(cond.shape[1], heard, _sketch(cond[0]))
         self._known.move_to_end(key)
         while len(self._known) > self.size:
@@ -267,12 +338,9 @@ class Ledger:
         """All that the states (1, tokens, dim) were joined or mixed from; nothing if any part is unknown."""
         joined = self._joined(cond[0])
         if joined is not None:
-            return _one_after_another(joined)
+            return _of_all(joined, _one_after_another)
         mixed = self._mixed(cond[0])
-        if mixed is None:
-            return None
-        vectors = torch.cat([heard.vectors for heard in mixed])
-        return Heard(vectors, (WHOLE,) * len(vectors))
+        return None if mixed is None else _of_all(mixed, _together)
 
     def _joined(self, states: Tensor) -> list[Heard] | None:
         """Encoded prompts one after the other, as Conditioning Concat leaves them."""
@@ -316,14 +384,33 @@ class Ledger:
 LEDGER = Ledger()
 
 
-def _one_after_another(parts: Sequence[Heard]) -> Heard:
-    """What was read of joined texts; their 77 tokens are counted on."""
+def _same_text(first: Heard, second: Heard) -> bool:
+    """Whether two readings are of one text, be it in windows or not."""
+    return torch.equal(first.tokens.vectors, second.tokens.vectors)
+
+
+def _of_all(parts: Sequence[Heard], put: Callable[[Sequence[Placed]], Placed]) -> Heard:
+    """What was read of several texts that ``put`` puts together."""
+    return Heard(
+        put([heard.ends for heard in parts]),
+        put([heard.tokens for heard in parts]),
+        windowed=all(heard.windowed for heard in parts),
+    )
+
+
+def _one_after_another(parts: Sequence[Placed]) -> Placed:
+    """The vectors of joined texts; their 77 tokens are counted on."""
     chunks: list[int] = []
     start = 0
-    for heard in parts:
-        chunks += [chunk if chunk == WHOLE else start + chunk for chunk in heard.chunks]
-        start += max(heard.chunks) + 1
-    return Heard(torch.cat([heard.vectors for heard in parts]), tuple(chunks))
+    for part in parts:
+        chunks += [chunk if chunk == WHOLE else start + chunk for chunk in part.chunks]
+        start += max(part.chunks) + 1
+    return Placed(torch.cat([part.vectors for part in parts]), tuple(chunks))
+
+
+def _together(parts: Sequence[Placed]) -> Placed:
+    """The vectors of mixed texts."""
+    return Placed.of([(part.vectors, WHOLE) for part in parts])
 
 
 def _ends(reader: Any, rows: Sequence[Sequence[Any]]) -> Tensor:

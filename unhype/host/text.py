@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..embedding import cat_prompts, last_heard, until_end
 from .clip_l import READER, final_states, find_reader, has_known_form, listening
 
 if TYPE_CHECKING:
@@ -27,11 +28,14 @@ class TextBatch:
         cross: the states that the model attends to, (batch, tokens, dim)
         pooled: the vectors that the hypernetwork reads, (batch, embedding_dim)
         host_pooled: the vectors that the host gives the model beside the states, (batch, width)
+        heard: what a hypernetwork's gate may read of every token, (batch, tokens, embedding_dim), ``pooled`` the last that is
+            not zero; none where it was left out to save memory
     """
 
     cross: Tensor
     pooled: Tensor
     host_pooled: Tensor
+    heard: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cross)
@@ -52,10 +56,19 @@ class TextBatch:
             torch.cat([batch.cross for batch in batches]),
             torch.cat([batch.pooled for batch in batches]),
             torch.cat([batch.host_pooled for batch in batches]),
+            None
+            if any(batch.heard is None for batch in batches)
+            else cat_prompts([batch.heard for batch in batches if batch.heard is not None]),
         )
 
+    @property
+    def read(self) -> Tensor:
+        """What an eraser reads: of every token if that is known, (batch, tokens, embedding_dim), else ``pooled``."""
+        return self.pooled if self.heard is None else self.heard
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> TextBatch:
-        return TextBatch(change(self.cross), change(self.pooled), change(self.host_pooled))
+        heard = None if self.heard is None else change(self.heard)
+        return TextBatch(change(self.cross), change(self.pooled), change(self.host_pooled), heard)
 
 
 @dataclass(frozen=True)
@@ -114,17 +127,21 @@ class TextEncoder:
         """
         prompts = self._tokenize(texts)
         self._ready()
+        ends = torch.tensor([prompt.ids.index(self.end) for prompt in prompts])
         if self._reads_alone() and all(prompt.plain for prompt in prompts):
-            cross, pooled = self.reader.encode([prompt.ids for prompt in prompts])[:2]
-            return TextBatch(cross, pooled, pooled)
-        cross, pooled, host_pooled = [], [], []
+            with listening(self.reader) as said:
+                cross, pooled = self.reader.encode([prompt.ids for prompt in prompts])[:2]
+            return TextBatch(cross, pooled, pooled, until_end(said[0].states.float(), ends))
+        cross, pooled, host_pooled, spoken = [], [], [], []
         for prompt in prompts:
-            with listening(self.reader) as heard:
+            with listening(self.reader) as said:
                 states, vector, *_ = self.stage.encode_token_weights(prompt.tokens)
             cross.append(states)
-            pooled.append(heard[0][:1].float())
+            pooled.append(said[0].pooled[:1].float())
             host_pooled.append(vector)
-        batch = TextBatch(torch.cat(cross), torch.cat(pooled), torch.cat(host_pooled))
+            spoken.append(said[0].states[:1].float())
+        heard = until_end(torch.cat(spoken), ends)
+        batch = TextBatch(torch.cat(cross), torch.cat(pooled), torch.cat(host_pooled), heard)
         return batch.to(self.clip.patcher.load_device)
 
     @torch.no_grad()
@@ -136,29 +153,35 @@ class TextEncoder:
         Raises:
             ValueError: there is no prompt, or one is too long.
         """
+        return last_heard(self.embed_tokens(texts))
+
+    @torch.no_grad()
+    def embed_tokens(self, texts: Sequence[str]) -> Tensor:
+        """Only what ``embed`` says of every token, (texts, tokens, embedding_dim), as fast.
+
+        Raises:
+            ValueError: there is no prompt, or one is too long.
+        """
+        if not texts:
+            raise ValueError("There is no text to encode; give at least one.")
         prompts = self._tokenize(texts)
         self._ready()
         if not has_known_form(self.reader):
             parts = [
-                self.embed(texts[start : start + POOLED_BATCH]).pooled
+                self.embed(texts[start : start + POOLED_BATCH]).read
                 for start in range(0, len(texts), POOLED_BATCH)
             ]
-            return torch.cat(parts)
+            return cat_prompts(parts)
         lengths = [prompt.ids.index(self.end) + 1 for prompt in prompts]
         order = sorted(range(len(texts)), key=lengths.__getitem__)
-        pooled = None
+        parts = []
         for start in range(0, len(order), POOLED_BATCH):
             chosen = order[start : start + POOLED_BATCH]
             longest = lengths[chosen[-1]]
             tokens = torch.tensor([prompts[index].ids[:longest] for index in chosen])
             ends = torch.tensor([lengths[index] - 1 for index in chosen])
-            states = self._run(tokens, ends)
-            if pooled is None:
-                pooled = states.new_empty(len(texts), states.shape[1])
-            pooled[chosen] = states
-        if pooled is None:
-            raise ValueError("There is no text to encode; give at least one.")
-        return pooled
+            parts.append(until_end(self._run(tokens), ends))
+        return cat_prompts(parts)[torch.tensor(order).argsort()]
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokens that CLIP-L gets of prompts, each up to the one that ends the text.
@@ -206,7 +229,7 @@ class TextEncoder:
         layer = None if self.reader.layer == "last" else self.reader.layer_idx
         last, inner = final_states(self.reader, embeddings, layer)
         pooled = last[torch.arange(len(last), device=device), ends.to(device)]
-        return TextBatch(last if inner is None else inner, pooled, pooled)
+        return TextBatch(last if inner is None else inner, pooled, pooled, until_end(last, ends))
 
     @torch.no_grad()
     def vocabulary(self) -> Tensor:
@@ -231,13 +254,12 @@ class TextEncoder:
         rows = [row[: row.index(self.end)] if self.end in row else row for row in ids.tolist()]
         return [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-    def _run(self, tokens: Tensor, ends: Tensor) -> Tensor:
-        """Final states at ``ends``, (batch, dim), of tokens (batch, length)."""
+    def _run(self, tokens: Tensor) -> Tensor:
+        """Final states (batch, length, dim) of tokens (batch, length)."""
         embedding = self._token_embedding()
         device = embedding.weight.device
         embeddings = embedding(tokens.to(device), out_dtype=torch.float32)
-        states, _ = final_states(self.reader, embeddings)
-        return states[torch.arange(len(states), device=device), ends.to(device)]
+        return final_states(self.reader, embeddings)[0]
 
     def _token_embedding(self) -> Any:
         return self.reader.transformer.text_model.embeddings.token_embedding
