@@ -290,6 +290,7 @@ LENIENT_GATE: Mapping[str, object] = {
     "noise": 2.0,
     "adversarial": 6.0,
     "tokens": True,
+    "steps": 700,
 }
 """Of the gate there: an edit on a prompt that asks for nothing erased changes little, so a prompt too many is better than one missed."""
 

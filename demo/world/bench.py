@@ -79,12 +79,28 @@ def evaluator(argument: str = "", labels: Sequence[str] = ()) -> WorldEvaluator:
 
 @dataclass(frozen=True)
 class Roles:
-    """What each concept is in a task."""
+    """What each concept is in a task.
+
+    Attributes:
+        kinds: neither retained nor asked for, since they are kinds of what is erased: a poodle where dogs are.
+    """
 
     erased: tuple[Concept, ...]
     retained: tuple[Concept, ...]
     siblings: tuple[Concept, ...]
     unrelated: tuple[Concept, ...]
+    kinds: tuple[Concept, ...] = ()
+
+    def without_kinds(self) -> Roles:
+        """The same with kinds of what is erased among ``kinds`` alone."""
+        erased = {concept.name for concept in self.erased}
+
+        def others(concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
+            return tuple(c for c in concepts if c.kind_of not in erased)
+
+        parts = (self.retained, self.siblings, self.unrelated)
+        kinds = tuple(c for part in parts for c in part if c.kind_of in erased)
+        return Roles(self.erased, *(others(part) for part in parts), kinds)
 
 
 class DemoWorld:
@@ -132,13 +148,14 @@ def roles_of(info: PackInfo, seen: Seen) -> Roles:
             "The pack's retain list and captions hold everything that the demo world draws, so nothing unseen is left to ask for."
         )
     siblings = tuple(c for c in unseen if c.siblings in groups)
-    return Roles(erased, tuple(retained), siblings, unrelated)
+    return Roles(erased, tuple(retained), siblings, unrelated).without_kinds()
 
 
 def assign(num_concepts: int, seed: int) -> Roles:
     """Choose what is erased, with held-out synonyms first, and halve the rest between training and questions.
 
-    A single concept's look-alikes are all questions; of several concepts' look-alikes training sees half.
+    A single concept's look-alikes are all questions; of several concepts' look-alikes training sees half. Kinds of what is
+    erased are neither.
     """
     if not 1 <= num_concepts <= DemoWorld.most:
         raise ValueError(f"A task erases 1 to {DemoWorld.most} concepts, got {num_concepts}.")
@@ -173,7 +190,7 @@ def assign(num_concepts: int, seed: int) -> Roles:
         tuple([*kin[:seen], *others[:half]]),
         tuple(kin[seen:]),
         tuple(others[half:]),
-    )
+    ).without_kinds()
 
 
 def phrases(concepts: Iterable[Concept]) -> tuple[str, ...]:
@@ -192,7 +209,8 @@ def make_config(roles: Roles, seed: int) -> TrainConfig:
     """Our defaults, with more of everything for more concepts."""
     num = len(roles.erased)
     held_out = [word for words in load_held_out().synonyms.values() for word in words]
-    unseen = [*phrases((*roles.siblings, *roles.unrelated, *roles.erased)), *held_out]
+    hidden = (*roles.siblings, *roles.unrelated, *roles.kinds, *roles.erased)
+    unseen = [*phrases(hidden), *held_out]
     targets = {form for phrase in phrases(roles.erased) for form in forms(phrase)}
     retained = [phrase for phrase in phrases(roles.retained) if not forms(phrase) & targets]
     taken = {form for phrase in (*unseen, *retained) for form in forms(phrase)}

@@ -13,13 +13,14 @@ DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True)
 class Concept:
-    """One named thing the world can draw."""
+    """One named thing the world can draw; ``kind_of`` names a concept of which it is a kind, if there is one."""
 
     name: str
     art: str
     kind: str
     siblings: str
     synonyms: tuple[str, ...]
+    kind_of: str = ""
 
 
 @dataclass(frozen=True)

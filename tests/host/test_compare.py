@@ -70,6 +70,17 @@ def test_training_sees_no_word_that_is_asked_for(num: int) -> None:
         assert all(set(siblings_of(c.name)) - {e.name for e in roles.erased} for c in roles.erased)
 
 
+def test_a_kind_of_what_is_erased_is_neither_kept_nor_asked_for() -> None:
+    roles = assign(16, 1)
+    assert "car" in {concept.name for concept in roles.erased}
+    assert {concept.name for concept in roles.kinds} >= {"racing car"}
+    config = DemoWorld().task(16, 1).config
+    words = {question.word for question in make_questions(roles, 1)}
+    for concept in roles.kinds:
+        assert concept.kind_of in {erased.name for erased in roles.erased}
+        assert not {concept.name, *concept.synonyms} & {*words, *config.retain}
+
+
 def test_questions_have_every_kind() -> None:
     kinds = {question.kind for question in make_questions(assign(16, 0), 0)}
     assert kinds == set(Kind)

@@ -29,6 +29,12 @@ def test_there_are_at_least_a_hundred_concepts_with_siblings() -> None:
     assert all(siblings_of(concept.name) for concept in load_concepts())
 
 
+def test_a_kind_is_of_another_concept() -> None:
+    names = {concept.name for concept in load_concepts()}
+    kinds = [concept for concept in load_concepts() if concept.kind_of]
+    assert all(concept.kind_of in names - {concept.name} for concept in kinds)
+
+
 def test_no_caption_holds_a_held_out_word() -> None:
     rng = np.random.default_rng(0)
     captions = [write_caption(sample_scene(rng), rng) for _ in range(5000)]
