@@ -282,7 +282,7 @@ EDITS_DEFAULTS: Mapping[str, object] = {
 }
 """Of the network, where the objective is ``closed-form``."""
 LENIENT_GATE: Mapping[str, object] = {
-    "false_fire_rate": 0.05,
+    "false_fire_rate": 0.1,
     "threshold_position": 0.0,
     "num_positives": 1200,
     "num_negatives": 4000,

@@ -245,9 +245,10 @@ def logits_of(gate: Gate, embeddings: Tensor) -> Tensor:
 def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibration:
     """Shift and scale each concept's logit so that its threshold is probability 0.5; measure what then goes wrong.
 
-    The threshold lies ``threshold_position`` of the way from the held-back prompts that must stay silent (all but
-    ``false_fire_rate`` of them, over all concepts) to the held-back prompts that must fire (all but the faintest twentieth); where the two
-    overlap, silence goes first.
+    Logits are first made comparable: 0 is the median of held-back prompts that must stay silent, 1 of those that must fire. The
+    threshold lies ``threshold_position`` of the way from the former (all but ``false_fire_rate`` of them, over all concepts) to the
+    latter (all but the faintest twentieth); where the two overlap, silence goes first. What a concept's few loudest silent prompts
+    say alone is little, so each meets half-way the threshold that would do for all concepts alike.
     """
     settings = config.gate
     last = gate.layers[-1]
@@ -256,17 +257,17 @@ def calibrate(gate: Gate, material: GateMaterial, config: TrainConfig) -> Calibr
     fire, silent = (
         logits_of(gate, part) for part in (material.held_positives, material.held_negatives)
     )
-    allowed = settings.false_fire_rate / len(config.concepts)
-    for concept in range(len(config.concepts)):
-        high = torch.quantile(fire[material.held_concepts == concept, concept], 0.05)
-        low = torch.quantile(silent[:, concept], 1 - allowed)
-        threshold = low + settings.threshold_position * (high - low).clamp(min=0)
-        # Sharpness: halfway between the two groups' medians is a logit of 4 away.
-        spread = (
-            fire[material.held_concepts == concept, concept].median() - silent[:, concept].median()
-        ).clamp(min=1)
-        last.bias[concept] = (last.bias[concept] - threshold) * 8 / spread
-        last.weight[concept] *= 8 / spread
+    own = [fire[material.held_concepts == k, k] for k in range(len(config.concepts))]
+    start = silent.median(0).values
+    spread = (torch.stack([logits.median() for logits in own]) - start).clamp(min=1)
+    quiet = (silent - start) / spread
+    alone = torch.quantile(quiet, 1 - settings.false_fire_rate / len(own), dim=0)
+    low = (alone + torch.quantile(quiet.amax(1), 1 - settings.false_fire_rate)) / 2
+    high = (torch.stack([torch.quantile(logits, 0.05) for logits in own]) - start) / spread
+    threshold = start + spread * (low + settings.threshold_position * (high - low).clamp(min=0))
+    # Sharpness: halfway between the two groups' medians is a logit of 4 away.
+    last.bias.copy_((last.bias - threshold) * 8 / spread)
+    last.weight.mul_(8 / spread[:, None])
     fired = gate.read(material.held_positives).fired[
         torch.arange(len(fire)), material.held_concepts
     ]
