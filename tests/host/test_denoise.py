@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unhype.embedding import heard, last_heard
 from unhype.host.denoise import CheckpointRefusedError, Denoiser, TextBatch
 from unhype.lora import LoRAFactors
 
@@ -80,6 +81,15 @@ def test_pooled_alone_equals_pooled_of_the_whole(denoiser: Denoiser, texts: list
     pooled = denoiser.embed_pooled(texts)
     torch.testing.assert_close(pooled, denoiser.embed(texts).pooled, atol=1e-4, rtol=0)
     assert pooled.shape == (len(texts), 768)
+
+
+@pytest.mark.parametrize("texts", [TEXTS, [*TEXTS, WEIGHTED], ["a cat"]])
+def test_tokens_alone_equal_tokens_of_the_whole(denoiser: Denoiser, texts: list[str]) -> None:
+    said, whole = denoiser.embed_tokens(texts), denoiser.embed(texts)
+    torch.testing.assert_close(said, whole.read, atol=1e-4, rtol=0)
+    torch.testing.assert_close(last_heard(said), whole.pooled, atol=1e-4, rtol=0)
+    counts = [len(ids) - 1 for ids in denoiser.token_ids(texts)]
+    assert heard(said).sum(1).tolist() == counts
 
 
 @pytest.mark.parametrize("embed", ["embed", "embed_pooled"])

@@ -64,6 +64,8 @@ def test_embeddings_agree(narrow: NarrowWorld, wide: Denoiser) -> None:
     assert distance(ours.cross, theirs.cross) < 3e-3
     assert distance(ours.pooled, theirs.pooled) < 3e-3
     assert distance(narrow.embed_pooled(TEXTS), ours.pooled) < 1e-5
+    assert distance(ours.read, theirs.read) < 3e-3
+    assert distance(narrow.embed_tokens(TEXTS), ours.read) < 1e-5
 
 
 def test_predictions_with_lora_agree(narrow: NarrowWorld, wide: Denoiser) -> None:

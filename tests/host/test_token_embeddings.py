@@ -38,6 +38,7 @@ def test_unchanged_embeddings_give_what_embed_gives(denoiser: Denoiser) -> None:
     assert got.cross.shape == (3, 77, 768)
     assert relative_error(got.cross, expected.cross) <= 1e-5
     assert relative_error(got.pooled, expected.pooled) <= 1e-5
+    assert relative_error(got.read, expected.read) <= 1e-5
     assert torch.equal(got.pooled, got.host_pooled)
 
 

@@ -76,7 +76,8 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("texts", [TEXTS, ["a cat", WEIGHTED]])
 def test_text_is_encoded_as_the_hosts_node_does(denoiser: Denoiser, clip: Any, texts) -> None:
     batch, tapped = denoiser.embed(texts), tap(clip)
-    pooled = denoiser.embed_pooled(texts)
+    pooled, said = denoiser.embed_pooled(texts), denoiser.embed_tokens(texts)
+    torch.testing.assert_close(said, batch.read, atol=1e-4, rtol=0)
     for row, text in enumerate(texts):
         with torch.no_grad():
             ((cross, extras),) = tapped.encode_from_tokens_scheduled(tapped.tokenize(text))

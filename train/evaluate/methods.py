@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -41,8 +40,6 @@ JOINT_RANK, JOINT_HIDDEN = 1, 100
 JOINT_MANY_RANK, JOINT_MANY_HIDDEN = 6, 512
 
 DISCOVERED_AMONG = 10_000
-MANY = 16
-"""Concepts, up to which the default budget of false fires is enough."""
 ADVERSARIAL = 12.0
 """Radius in standardized embedding space, whose vectors are about 28 long; by default of closed form half of it."""
 
@@ -199,14 +196,10 @@ def ours_direct(shop: Workshop) -> Trained:
 
 
 def task_in_closed_form(config: TrainConfig) -> TrainConfig:
-    """The same task in closed form, with more prompts for more concepts, and a larger budget for very many to share."""
+    """The same task in closed form, with more prompts for more concepts."""
     num, config = len(config.concepts), in_closed_form(config)
-    gate = {
-        "num_positives": max(1200, 96 * num),
-        "num_negatives": 4000 + 40 * num,
-        "false_fire_rate": config.gate.false_fire_rate * max(1.0, math.sqrt(num / MANY)),
-    }
-    return config.model_copy(update={"gate": config.gate.model_copy(update=gate)})
+    prompts = {"num_positives": max(1200, 96 * num), "num_negatives": 4000 + 40 * num}
+    return config.model_copy(update={"gate": config.gate.model_copy(update=prompts)})
 
 
 def ours_discovery(shop: Workshop) -> Trained:
