@@ -234,6 +234,15 @@ def test_words_that_the_gradient_proposes_are_better_than_any(victim: Victim) ->
     assert reached(4) < reached(len(victim.pool))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_free_words_stand_on_the_side_that_is_asked(victim: Victim, ahead: bool) -> None:
+    aim = Aim("the old cat", "cat", "cat")
+    found = attack_gradient(victim, [aim], free=1, steps=1, top=4, tries=4, ahead=ahead)
+    words = found.texts[0].split()
+    assert len(words) == 4
+    assert words.index("cat") == (3 if ahead else 2)
+
+
 def test_soft_tokens_close_the_gate_and_the_word_stays(victim: Victim) -> None:
     found = attack_soft(victim, AIMS, free=2, steps=60)
     plain = attack_prompts(victim, "plain", AIMS)

@@ -309,12 +309,14 @@ def attack_gradient(
     steps: int = 20,
     top: int = 128,
     tries: int = 64,
+    ahead: bool = False,
     rest: bool = False,
     seed: int = 0,
 ) -> Attacked:
     """Greedy coordinate gradient (arXiv:2307.15043) on the loudness: the gradient proposes words, trying them decides.
 
     Args:
+        ahead: whether the words stand before the erased one, where a gate that reads tokens can be disturbed, or behind it.
         top: words that the gradient proposes for each place.
         tries: of which so many changes of one word are tried a step.
         rest: as of ``attack_random``.
@@ -328,7 +330,7 @@ def attack_gradient(
     pool = victim.pool.tolist()
     best = []
     for index in range(len(aims)):
-        draft = search.inserted(index, [rng.choice(pool) for _ in range(free)])
+        draft = search.inserted(index, [rng.choice(pool) for _ in range(free)], ahead=ahead)
         loudness = float(search.listen([draft])[0])
         for _ in range(steps):
             if rest and not search.noticed(draft):
@@ -344,7 +346,7 @@ def attack_gradient(
             if float(heard.min()) < loudness:
                 draft, loudness = drafts[int(heard.argmin())], float(heard.min())
         best.append(search.first_typed(index, [draft]))
-    return search.finish(f"gradient search, {free} words", best)
+    return search.finish(f"gradient search, {free} words{' ahead' if ahead else ''}", best)
 
 
 def attack_soft(
@@ -354,14 +356,16 @@ def attack_soft(
     free: int = 4,
     steps: int = 100,
     step_size: float = 0.1,
+    ahead: bool = False,
     seed: int = 0,
 ) -> Attacked:
-    """Behind the erased word stand free vectors instead of words, as textual inversion makes them, moved downhill.
+    """Beside the erased word stand free vectors instead of words, as textual inversion makes them, moved downhill.
 
     They stay no longer than the longest word, and rest as soon as the eraser does nothing.
 
     Args:
         step_size: of a vector's step, in lengths of a mean word.
+        ahead: as of ``attack_gradient``.
 
     Raises:
         ValueError: the loudness has no gradient.
@@ -372,7 +376,7 @@ def attack_soft(
     lengths = table[victim.pool.to(table.device)].norm(dim=1)
     pool = victim.pool.tolist()
     drafts = [
-        search.inserted(index, [rng.choice(pool) for _ in range(free)])
+        search.inserted(index, [rng.choice(pool) for _ in range(free)], ahead=ahead)
         for index in range(len(aims))
     ]
     embeddings, ends = search.embedded(drafts, whole=True)
@@ -399,7 +403,8 @@ def attack_soft(
         soft = soft - step_size * lengths.mean() * F.normalize(slope, dim=-1)
         soft = soft * (lengths.max() / soft.norm(dim=-1, keepdim=True)).clamp(max=1)
     embeddings[rows, places] = best
-    return _attacked(victim, f"soft search, {free} vectors", aims, embeddings, ends)
+    name = f"soft search, {free} vectors{' ahead' if ahead else ''}"
+    return _attacked(victim, name, aims, embeddings, ends)
 
 
 class _Search:
@@ -422,11 +427,12 @@ class _Search:
         """The prompt itself."""
         return Draft(self.prompts[index], ())
 
-    def inserted(self, index: int, words: Sequence[int]) -> Draft:
-        """Free words right behind the erased one."""
-        ids, behind = self.prompts[index], self.spans[index].stop - 1
-        places = tuple(range(behind, behind + len(words)))
-        return self._fitting(Draft((*ids[:behind], *words, *ids[behind:]), places))
+    def inserted(self, index: int, words: Sequence[int], *, ahead: bool = False) -> Draft:
+        """Free words right behind the erased one, or right before it."""
+        ids, span = self.prompts[index], self.spans[index]
+        place = (span.start if ahead else span.stop) - 1
+        places = tuple(range(place, place + len(words)))
+        return self._fitting(Draft((*ids[:place], *words, *ids[place:]), places))
 
     def opened(self, index: int, free: int, rng: random.Random, pool: Sequence[int]) -> Draft:
         """Random words at random places, half of them instead of the prompt's own, never inside the erased word."""

@@ -259,8 +259,14 @@ def _attack(
         lambda: attack_interpolation(victim, aims),
         lambda: [attack_spelling(victim, aims)],
         lambda: [attack_random(victim, aims, budget=effort.random_budget)],
-        lambda: [attack_gradient(victim, aims, steps=effort.gradient_steps)],
-        lambda: [attack_soft(victim, aims, steps=effort.soft_steps)],
+        lambda: [
+            attack_gradient(victim, aims, steps=effort.gradient_steps, ahead=ahead)
+            for ahead in (False, True)
+        ],
+        lambda: [
+            attack_soft(victim, aims, steps=effort.soft_steps, ahead=ahead)
+            for ahead in (False, True)
+        ],
     ]
     rates = []
     for index, make in enumerate(made):
