@@ -98,9 +98,14 @@ class Roles:
         def others(concepts: tuple[Concept, ...]) -> tuple[Concept, ...]:
             return tuple(c for c in concepts if c.kind_of not in erased)
 
-        parts = (self.retained, self.siblings, self.unrelated)
-        kinds = tuple(c for part in parts for c in part if c.kind_of in erased)
-        return Roles(self.erased, *(others(part) for part in parts), kinds)
+        rest = (*self.retained, *self.siblings, *self.unrelated)
+        return Roles(
+            self.erased,
+            others(self.retained),
+            others(self.siblings),
+            others(self.unrelated),
+            tuple(concept for concept in rest if concept.kind_of in erased),
+        )
 
 
 class DemoWorld:
