@@ -206,7 +206,7 @@ def write(path: Path, pack: Pack, result: Recalibration, captions: Captions, sou
 
 
 def in_batches(embed: Embed, size: int, tick: Callable[[int, int], None]) -> Embed:
-    """The same, with progress."""
+    """The same with progress; what is of all tokens in half precision, for there are many."""
 
     def run(texts: list[str]) -> Tensor:
         parts = []

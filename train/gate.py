@@ -151,6 +151,7 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
     optimizer = torch.optim.AdamW(
         gate.layers.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
+    positives = gate.standardize(sides[0]) if settings.virtual_negatives else sides[0]
     half = settings.batch_size // 2
     for step in range(settings.steps):
         chosen = torch.randint(len(sides[0]), (half,), generator=generator)
@@ -158,7 +159,6 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
         own = material.concepts[chosen]
         x = _Vectors.of(sides[0][chosen], sides[1][other]).seen_by(gate)
         if settings.virtual_negatives:
-            positives = gate.standardize(sides[0])
             x = x.with_virtual(half, positives, settings.virtual_negatives, generator)
         x = x.moved(settings.noise * torch.randn(x.vectors.shape, generator=generator))
         if settings.adversarial:

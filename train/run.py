@@ -22,7 +22,6 @@ from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import ConceptInfo, PackInfo
-from unhype.embedding import cat_prompts
 from unhype.families import Branch
 from unhype.gate import Gate
 from unhype.host.denoise import Denoiser
@@ -36,6 +35,7 @@ from unhype.hypernetwork import (
 )
 
 from . import state
+from .calibrate import in_batches
 from .closed_form import edit_in_closed_form
 from .config import ConfigError, ObjectiveName, TrainConfig, TrajectoryConfig
 from .denoiser import DenoiserLike, check_gradient
@@ -486,22 +486,9 @@ def lora_norms(hypernetwork: Hypernetwork, material: GateMaterial) -> dict[str, 
 def embedder(
     denoiser: DenoiserLike, report: Report, *, tokens: bool
 ) -> Callable[[list[str]], Tensor]:
-    """Pooled embeddings with progress, or those of all tokens, in half precision for there are many."""
-    tick, size = ticker(report, "reading prompts"), EMBEDDED_AT_ONCE
-
-    def read(texts: list[str]) -> Tensor:
-        return (
-            denoiser.embed_tokens(texts).half() if tokens else denoiser.embed_pooled(texts).float()
-        )
-
-    def embed(texts: list[str]) -> Tensor:
-        parts = []
-        for start in range(0, len(texts), size):
-            parts.append(read(texts[start : start + size]).cpu())
-            tick(min(start + size, len(texts)), len(texts))
-        return cat_prompts(parts)
-
-    return embed
+    """Pooled embeddings, or those of all tokens, with progress."""
+    read = denoiser.embed_tokens if tokens else denoiser.embed_pooled
+    return in_batches(read, EMBEDDED_AT_ONCE, ticker(report, "reading prompts"))
 
 
 def ticker(report: Report, stage: str) -> Callable[[int, int], None]:
