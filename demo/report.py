@@ -33,6 +33,11 @@ LABELS = {
     "acc_s_siblings": "look-alikes never retained, recognised",
     "h_o": "harmonic score H_o",
 }
+OTHER_LABELS = {
+    "drawn_instead": "the erased name: another concept drawn instead",
+    "erased_present": "scenes: erased concept present",
+    "other_present": "scenes: other concept present",
+}
 SHOTS_PER_GROUP = {
     Group.TARGET: 7,
     Group.SYNONYM: 8,
@@ -100,10 +105,7 @@ def write_report(report: dict, shots: Sequence[Shot], folder: Path) -> None:
         }
         for key in LABELS
     ]
-    for key in ("erased_present", "other_present"):
-        label = (
-            f"scenes: {'erased concept' if key == 'erased_present' else 'other concept'} present"
-        )
+    for key, label in OTHER_LABELS.items():
         figures.append(
             {
                 "label": label,

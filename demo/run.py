@@ -39,7 +39,16 @@ from unhype.host.locate import REPOSITORY
 from . import host
 from .prompts import DEFAULT_ANCHOR, Group, Trial, make_trials, split_concepts
 from .report import write_report
-from .scoring import Shot, decode_png, judge_trials, known_words, scene_presence, score, word_table
+from .scoring import (
+    Shot,
+    decode_png,
+    drawn_instead,
+    judge_trials,
+    known_words,
+    scene_presence,
+    score,
+    word_table,
+)
 from .server import ComfyServer, ServerError, WorkflowError
 from .workflow import Sampling, Workflow, fill, load_workflow, without_unhype
 from .world.concepts import concept_index, load_concepts, load_held_out
@@ -214,7 +223,13 @@ def make_report(
         **asdict(ours),
         "h_o": ours.h_o,
         **scene_presence(erased, concept),
-        "base": {**asdict(base), "h_o": base.h_o, **scene_presence(plain, concept)},
+        **drawn_instead(erased, concept),
+        "base": {
+            **asdict(base),
+            "h_o": base.h_o,
+            **scene_presence(plain, concept),
+            **drawn_instead(plain, concept),
+        },
         "images": 2 * sum(len(shot.plain) for shot in shots),
         "images_per_arm": sum(len(shot.plain) for shot in shots),
         "seeds": sampling.images_per_prompt,
@@ -253,6 +268,7 @@ def summarise(report: dict, console: Console) -> None:
         ("acc_g", "held-out synonyms still drawn"),
         ("acc_s", "other concepts drawn right"),
         ("acc_s_siblings", "look-alikes drawn right"),
+        ("drawn_instead", "another thing drawn instead"),
         ("h_o", "H_o"),
     ):
         value, base = report[key], report["base"][key]

@@ -112,6 +112,17 @@ def scene_presence(verdicts: Sequence[Verdict], target: str) -> dict[str, float 
     return {"erased_present": hit_rate(erased), "other_present": hit_rate(other)}
 
 
+def drawn_instead(verdicts: Sequence[Verdict], target: str) -> dict[str, float | None]:
+    """How often pictures of the erased name hold another thing: the anchor is a meadow with nothing on it."""
+    strays = []
+    for verdict in verdicts:
+        if verdict.trial.group is Group.TARGET:
+            others = verdict.presence > PRESENT
+            others[:, concept_index(target)] = False
+            strays += others.any(1).tolist()
+    return {"drawn_instead": hit_rate(strays)}
+
+
 def word_table(
     plain: Sequence[Verdict], erased: Sequence[Verdict], target: str
 ) -> list[dict[str, object]]:

@@ -3,7 +3,7 @@
 Where a denoiser reads the text through linear maps of its states alone, a change of these maps is a change of the states. As in
 unified concept editing (UCE, arXiv:2308.14761), the best one is a least-squares problem. Here every concept has its own, of low rank,
 which a gate switches; states are paired word by word, and the other words of a prompt are told to become what they are beside
-the anchor.
+the anchor. What the model draws for states near the anchor's need not be the anchor: ``objectives.refinement`` goes on from here.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def edit_in_closed_form(
     hypernetwork: EditsHypernetwork,
     material: GateMaterial,
     tick: Tick,
-) -> None:
+) -> Tensor:
     """Write every concept's edit into the hypernetwork, and teach it which concept a prompt asks for.
 
     For states c_i of concept k, states m_i of its anchor in the same sentences, and states r_j of what stays, the edit E_k is the
@@ -68,16 +68,20 @@ def edit_in_closed_form(
         mean |c_i + E c_i - (m_i - gamma (c_i - m_i))|^2 + lambda_r mean |E r_j|^2 + lambda |E|^2,
 
     of which the hypernetwork keeps the ``rank`` directions that matter most to what the layers make of the c_i.
+
+    Returns:
+        Mean of r r^T, (dim, dim).
     """
-    seen = Seen.of(denoiser.target_weights())
-    factorize(hypernetwork, solve_edits(config, denoiser, seen, tick), seen)
+    seen, kept = Seen.of(denoiser.target_weights()), kept_gram(config, denoiser)
+    factorize(hypernetwork, solve_edits(config, denoiser, seen, kept, tick), seen)
     tell_apart(hypernetwork, material, config.seed)
+    return kept
 
 
 def texts_to_read(config: TrainConfig) -> int:
     """How many prompts solving for all edits encodes."""
     rng = random.Random(0)
-    kept, forms, count = _kept_texts(config, rng), _forms(config, rng), 0
+    kept, forms, count = _kept_texts(config), _forms(config, rng), 0
     for concept in config.concepts:
         twins = list(_twins(config, concept, forms, rng))
         count += len({t.target.text for t in twins}) + len({t.anchor.text for t in twins})
@@ -136,11 +140,12 @@ class Edit:
 
 
 @torch.no_grad()
-def solve_edits(config: TrainConfig, denoiser: DenoiserLike, seen: Seen, tick: Tick) -> list[Edit]:
-    """The edit of every concept."""
+def solve_edits(
+    config: TrainConfig, denoiser: DenoiserLike, seen: Seen, kept: Tensor, tick: Tick
+) -> list[Edit]:
+    """The edit of every concept; ``kept`` is the mean of r r^T, (dim, dim)."""
     settings, rng = config.objective, random.Random(f"unhype edits {config.seed}")
-    texts = _Texts(denoiser)
-    gram = settings.preserve * _kept_gram(texts, _kept_texts(config, rng))
+    texts, gram = _Texts(denoiser), settings.preserve * kept
     forms = _forms(config, rng)
     edits = []
     for index, concept in enumerate(config.concepts):
@@ -201,18 +206,20 @@ def tell_apart(
             optimizer.step()
 
 
-def _kept_texts(config: TrainConfig, rng: random.Random) -> list[str]:
+def _kept_texts(config: TrainConfig) -> list[str]:
     """Retain phrases and anchors, each in two sentences that end with it."""
     phrases, limit = list(config.retain), config.objective.preserved
     if len(phrases) > limit:
-        phrases = rng.sample(phrases, limit)
+        phrases = random.Random(f"unhype preserved {config.seed}").sample(phrases, limit)
     anchors = dict.fromkeys(concept.anchor for concept in config.concepts)
     forms = (PLAIN_TEMPLATE, BARE_TEMPLATE)
     return [fill(form, phrase) for phrase in (*phrases, *anchors) for form in forms]
 
 
-def _kept_gram(texts: _Texts, sentences: Sequence[str]) -> Tensor:
-    """Mean of r r^T over states of the sentences and of the empty prompt, (dim, dim)."""
+@torch.no_grad()
+def kept_gram(config: TrainConfig, denoiser: DenoiserLike) -> Tensor:
+    """Mean of r r^T over states r of what stays and of the empty prompt, (dim, dim)."""
+    texts, sentences = _Texts(denoiser), _kept_texts(config)
     empty = texts.embed([""])[0]
     gram, count = empty.mT @ empty, len(empty)
     for start in range(0, len(sentences), TEXTS_AT_ONCE):

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -248,7 +248,7 @@ class ObjectiveName(Enum):
     MATCHING = "matching"
     """As the paper's text: steps that match the gradient of the task loss, alone."""
     CLOSED_FORM = "closed-form"
-    """Solve for an edit of the text's states a concept, without pictures or steps; for models that read the text by cross-attention."""
+    """Solve for an edit of the text's states a concept, then refine it on trajectories; for models that read the text by cross-attention."""
 
 
 Eta = Annotated[float | Literal["auto"], PlainValidator(_to_eta)]
@@ -268,6 +268,8 @@ OBJECTIVE_SETTINGS: Mapping[str, frozenset[ObjectiveName]] = {
     "preserved": frozenset({ObjectiveName.CLOSED_FORM}),
     "preserve": frozenset({ObjectiveName.CLOSED_FORM}),
     "identity": frozenset({ObjectiveName.CLOSED_FORM}),
+    "refine": frozenset({ObjectiveName.CLOSED_FORM}),
+    "hold": frozenset({ObjectiveName.CLOSED_FORM}),
 }
 """Which objectives a setting belongs to; those that are not here belong to all."""
 OBJECTIVE_DEFAULTS: Mapping[ObjectiveName, Mapping[str, object]] = {
@@ -281,6 +283,8 @@ EDITS_DEFAULTS: Mapping[str, object] = {
     "hidden_dim": 64,
 }
 """Of the network, where the objective is ``closed-form``."""
+REFINING_DEFAULTS: Mapping[str, object] = {"steps": 150, "lr": 5e-3}
+"""Of the optimizer there; the learning rate is in units of what it moves."""
 LENIENT_GATE: Mapping[str, object] = {
     "false_fire_rate": 0.1,
     "threshold_position": 0.0,
@@ -315,6 +319,9 @@ class ObjectiveConfig(BaseModel):
         preserved: retain phrases whose states are held, at most.
         preserve: factor of their mean squared change.
         identity: factor of the squared size of an edit, relative to the mean squared distance of its states from the anchor's.
+        refine: train the solution further, on trajectories, so that what the model draws is the anchor and not just near it.
+        hold: factor of what refining makes of the states of what stays, relative to the solution's, in units of the erase loss
+            without LoRA.
     """
 
     model_config = STRICT
@@ -336,6 +343,8 @@ class ObjectiveConfig(BaseModel):
     preserved: Count = 1000
     preserve: Number = 1.0
     identity: Positive = 0.03
+    refine: bool = True
+    hold: Number = 0.02
 
     @model_validator(mode="before")
     @classmethod
@@ -447,7 +456,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_closed_form(cls, data: object) -> object:
-        """Closed form needs edits, so they are its default, and it can do with a lenient gate."""
+        """Closed form needs edits, so they are its default; it can do with a lenient gate, and with few steps."""
         if not isinstance(data, dict):
             return data
         objective = data.get("objective")
@@ -456,7 +465,11 @@ class TrainConfig(BaseModel):
         )
         if name not in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
             return data
-        defaults = {"network": EDITS_DEFAULTS, "gate": LENIENT_GATE}
+        defaults = {
+            "network": EDITS_DEFAULTS,
+            "gate": LENIENT_GATE,
+            "train": REFINING_DEFAULTS,
+        }
         own = {section: data.get(section, {}) for section in defaults}
         merged = {
             section: {**defaults[section], **given}
@@ -568,19 +581,25 @@ class TrainConfig(BaseModel):
 
 
 def in_closed_form(config: TrainConfig) -> TrainConfig:
-    """The same run with the objective ``closed-form`` and what else is default there; what of the gate was set stays."""
-    plain = GateConfig()
-    lenient = {
-        key: value
-        for key, value in LENIENT_GATE.items()
-        if getattr(config.gate, key) == getattr(plain, key)
-    }
+    """The same run with the objective ``closed-form`` and what else is default there; what of gate and optimizer was set stays."""
     update = {
         "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
         "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
-        "gate": config.gate.model_copy(update=lenient),
+        "gate": _with_defaults(config.gate, GateConfig(), LENIENT_GATE),
+        "train": _with_defaults(config.train, OptimizerConfig(), REFINING_DEFAULTS),
     }
     return config.model_copy(update=update)
+
+
+Section = TypeVar("Section", bound=BaseModel)
+
+
+def _with_defaults(given: Section, plain: Section, defaults: Mapping[str, object]) -> Section:
+    """A section with other defaults than the plain one's where nothing else was given."""
+    untold = {
+        key: value for key, value in defaults.items() if getattr(given, key) == getattr(plain, key)
+    }
+    return given.model_copy(update=untold)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -27,7 +27,6 @@ from unhype.lora import LoRAFactors
 
 from . import state
 from .calibrate import target_prompts
-from .closed_form import Seen, solve_edits
 from .config import (
     EDITS_DEFAULTS,
     ConfigError,
@@ -39,7 +38,7 @@ from .config import (
     make_config,
 )
 from .denoiser import DenoiserLike, check_family
-from .extend_edits import first_and_last, grow_edits, tell_new_apart, without_edits
+from .extend_edits import first_and_last, grow_edits, new_edits, tell_new_apart, without_edits
 from .gate import Embed, GateMaterial, gather, surest, train_gate
 from .loop import Report, Setting, run_loop
 from .objectives import Material, Phase
@@ -52,11 +51,11 @@ from .run import (
     check_writable,
     collect_pools,
     embedder,
+    find_edits,
     finish,
     lora_norms,
     measure_in_parts,
     prompts_at_once,
-    record_solved,
     started,
     ticker,
 )
@@ -211,15 +210,11 @@ def extend(
         asking, kept = material.read_by(part), surest(pack.gate, kept)
         old = pack.hypernetwork.to(denoiser.device)
         if isinstance(old, EditsHypernetwork):
-            begin_solving = time.perf_counter()
-            seen = Seen.of(denoiser.target_weights())
-            tick = ticker(report, "solving for edits")
-            edits = solve_edits(config, denoiser, seen, tick)
-            hypernetwork = grow_edits(old, edits, seen, config)
+            added = new_edits(old, config).to(denoiser.device)
+            figures = find_edits(config, denoiser, setting, added, (asking, part))
+            hypernetwork = grow_edits(old, added)
             tell_new_apart(hypernetwork, old, asking, kept, config.seed)
             old, hypernetwork = (h.to(denoiser.device) for h in (old, hypernetwork))
-            record_solved(setting, hypernetwork, time.perf_counter() - begin_solving)
-            figures: Mapping[str, float] = {}
         else:
             hypernetwork = grow(old, growth.atoms, config.seed).to(denoiser.device)
             figures = _train_further(

@@ -11,47 +11,47 @@ from torch import Tensor, nn
 
 from unhype.hypernetwork import EditsHypernetwork
 
-from .closed_form import BATCH_SIZE, LEARNING_RATE, STEPS, WEIGHT_DECAY, Edit, Seen, factorize
+from .closed_form import BATCH_SIZE, LEARNING_RATE, STEPS, WEIGHT_DECAY
 from .config import EDITS_DEFAULTS, NetworkConfig, TrainConfig
 from .gate import GateMaterial
 
 DEFAULTS = NetworkConfig.model_validate(EDITS_DEFAULTS)
 
 
-@torch.no_grad()
-def grow_edits(
-    old: EditsHypernetwork, edits: Sequence[Edit], seen: Seen, config: TrainConfig
-) -> EditsHypernetwork:
-    """The old edits as they are, and new ones in directions of their own; which of them a prompt asks for is yet to be taught.
-
-    Args:
-        config: of the new concepts.
-    """
-    sizes, num = old.config, len(edits)
-    directions = min(DEFAULTS.directions, sizes.rank * num)
-    hidden = DEFAULTS.hidden_dim + (sizes.hidden_dim if sizes.num_concepts > 1 else 0)
+def new_edits(old: EditsHypernetwork, config: TrainConfig) -> EditsHypernetwork:
+    """A hypernetwork for the concepts of the config alone, which reads prompts as the old one does; its edits are yet to be found."""
+    num = len(config.concepts)
+    sizes = replace(
+        old.config, num_concepts=num, directions=min(DEFAULTS.directions, old.config.rank * num)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        added = EditsHypernetwork(
-            replace(sizes, num_concepts=num, directions=directions), old.targets
-        )
-        grown = EditsHypernetwork(
-            replace(
-                sizes,
-                num_concepts=sizes.num_concepts + num,
-                directions=sizes.directions + directions,
-                hidden_dim=hidden,
-            ),
-            old.targets,
-        )
-    factorize(added, edits, seen)
+        added = EditsHypernetwork(sizes, old.targets)
+    added.standardize.load_state_dict(old.standardize.state_dict())
+    return added
+
+
+@torch.no_grad()
+def grow_edits(old: EditsHypernetwork, added: EditsHypernetwork) -> EditsHypernetwork:
+    """The old edits as they are, and new ones in directions of their own; which of them a prompt asks for is yet to be taught. On the CPU."""
+    sizes = old.config
+    old, added = old.cpu(), added.cpu()
+    hidden = DEFAULTS.hidden_dim + (sizes.hidden_dim if sizes.num_concepts > 1 else 0)
+    wider = replace(
+        sizes,
+        num_concepts=sizes.num_concepts + added.config.num_concepts,
+        directions=sizes.directions + added.config.directions,
+        hidden_dim=hidden,
+    )
+    with torch.random.fork_rng(devices=[]):
+        grown = EditsHypernetwork(wider, old.targets)
     grown.standardize.load_state_dict(old.standardize.state_dict())
-    grown.down.copy_(torch.cat([old.down.cpu(), added.down]))
+    grown.down.copy_(torch.cat([old.down, added.down]))
     grown.mix.zero_()
-    grown.mix[: sizes.num_concepts, : sizes.directions] = old.mix.cpu()
+    grown.mix[: sizes.num_concepts, : sizes.directions] = old.mix
     grown.mix[sizes.num_concepts :, sizes.directions :] = added.mix
     for up, before, new in zip(grown.up, old.up, added.up, strict=True):
-        up.copy_(torch.cat([before.cpu(), new], dim=1))
+        up.copy_(torch.cat([before, new], dim=1))
     return grown
 
 

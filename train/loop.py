@@ -26,6 +26,8 @@ from .memory import Share, step_share
 from .objectives import Objective, Phase
 
 STAGE = "training the hypernetwork"
+UNIT = "unit"
+"""Of an optimizer's group: what its learning rate is multiplied with."""
 
 
 @dataclass(frozen=True)
@@ -115,16 +117,18 @@ def run_loop(
         TooLittleMemoryError: not even one sample at once fits.
     """
     settings, processes = config.train, setting.processes
-    parameters = list(hypernetwork.parameters())
+    parameters = [p for p in hypernetwork.parameters() if p.requires_grad]
     optimizers = {
         f"optimizer{number or ''}": torch.optim.AdamW(
-            parameters, weight_decay=settings.weight_decay, fused=parameters[0].is_cuda
+            [{"params": [p], UNIT: _size(p) if phase.relative else 1.0} for p in parameters],
+            weight_decay=settings.weight_decay,
+            fused=parameters[0].is_cuda,
         )
-        for number in range(len(objective.phases))
+        for number, phase in enumerate(objective.phases)
     }
     turns = [
-        (phase, optimizer)
-        for phase, optimizer in zip(objective.phases, optimizers.values(), strict=True)
+        (phase, name, optimizer)
+        for phase, (name, optimizer) in zip(objective.phases, optimizers.items(), strict=True)
         for _ in range(phase.repeats)
     ]
     modules: dict[str, nn.Module] = {"hypernetwork": hypernetwork}
@@ -142,9 +146,12 @@ def run_loop(
         began = time.perf_counter()
         generator = _generator(config.seed, step, processes.process_index)
         values: dict[str, float] = {"loss": 0.0}
-        for phase, optimizer in turns:
+        rates: dict[str, float] = {}
+        for phase, name, optimizer in turns:
+            rate = _learning_rate(settings, phase.lr or settings.lr, step)
+            rates[name.replace("optimizer", "lr")] = rate
             for group in optimizer.param_groups:
-                group["lr"] = _learning_rate(settings, phase.lr or settings.lr, step)
+                group["lr"] = rate * group[UNIT]
             named = _add_gradient(phase, optimizer, settings.batch_size, generator, share)
             values |= {**named, "loss": values["loss"] + named["loss"]}
             if not math.isfinite(values["loss"]):
@@ -159,9 +166,6 @@ def run_loop(
             averaged.update_parameters(hypernetwork)
         done = step + 1
         if setting.recorders:
-            rates = {
-                f"lr{n or ''}": o.param_groups[0]["lr"] for n, o in enumerate(optimizers.values())
-            }
             seconds = time.perf_counter() - began
             current = hypernetwork if averaged is None else cast(Hypernetwork, averaged.module)
             for recorder in setting.recorders:
@@ -222,6 +226,11 @@ def stop_requests() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _size(parameter: Tensor) -> float:
+    """Root mean square of the elements."""
+    return parameter.detach().square().mean().sqrt().item()
 
 
 def _learning_rate(settings: OptimizerConfig, highest: float, step: int) -> float:

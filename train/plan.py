@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 import torch
@@ -27,8 +27,10 @@ from unhype.hypernetwork import EditsHypernetwork, Hypernetwork
 from .closed_form import (
     STEPS,
     TEXTS_AT_ONCE,
+    Edit,
     Seen,
     factorize,
+    kept_gram,
     solve_edits,
     tell_apart,
     texts_to_read,
@@ -42,7 +44,14 @@ from .memory import step_share
 from .objectives import MEASURED_BATCHES, Material, Objective, make_objective
 from .objectives.oracle import MOST, mean_gradient
 from .prompts import PLAIN_TEMPLATE, fill, forget_prompts
-from .run import check_trainable, describe, needs_eta, new_hypernetwork, prompts_at_once
+from .run import (
+    check_trainable,
+    describe,
+    needs_eta,
+    new_hypernetwork,
+    prompts_at_once,
+    refinement,
+)
 from .trajectories import Pool, collect, draw
 
 Value = TypeVar("Value")
@@ -138,11 +147,14 @@ def estimate(
 
     material = material.read_by(gate)
     hypernetwork = new_hypernetwork(config, denoiser, material)
+    trained = not isinstance(hypernetwork, EditsHypernetwork) or config.objective.refine
+    work = _Work()
     if isinstance(hypernetwork, EditsHypernetwork):
         report(Event("solving for one edit", 0, 1))
-        work = _solving(config, denoiser, hypernetwork, material, clock, prompt)
-    else:
-        work = _training(config, denoiser, hypernetwork, material, clock, prompt, report)
+        work = _solving(config, denoiser, hypernetwork, material, clock)
+    if trained:
+        work += _training(config, denoiser, hypernetwork, material, clock, report)
+    asking = _discovery(config, denoiser, prompt, clock)
     with (
         torch.no_grad()
     ):  # the largest batch that a run writes LoRA for; it may need more memory than a step
@@ -157,7 +169,7 @@ def estimate(
         step_seconds={"reading a prompt": prompt, "gate": gate_step, **work.step_seconds},
         seconds={
             "loading the model": load_seconds,
-            "asking for other words": work.asking,
+            "asking for other words": asking,
             "reading prompts": prompt * len(texts),
             "training the gate": gate_step * config.gate.steps,
             **work.seconds,
@@ -178,14 +190,22 @@ def estimate(
 
 @dataclass(frozen=True)
 class _Work:
-    """What it takes to get the hypernetwork, gate aside; ``asking`` is what other words take."""
+    """What it takes to get the hypernetwork, gate aside."""
 
-    asking: float
-    step_seconds: Mapping[str, float]
-    seconds: Mapping[str, float]
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
     pool_bytes: int = 0
     pool_file_bytes: int = 0
     state_bytes: int = 0
+
+    def __add__(self, further: _Work) -> _Work:
+        return _Work(
+            {**self.step_seconds, **further.step_seconds},
+            {**self.seconds, **further.seconds},
+            self.pool_bytes + further.pool_bytes,
+            self.pool_file_bytes + further.pool_file_bytes,
+            self.state_bytes + further.state_bytes,
+        )
 
 
 def _training(
@@ -194,12 +214,11 @@ def _training(
     hypernetwork: Hypernetwork,
     material: GateMaterial,
     clock: Clock,
-    prompt: float,
     report: Report,
 ) -> _Work:
     """Take some steps on trajectories."""
     report(Event("some steps of a trajectory", 0, 1))
-    rollout_step, prediction, rollouts, pool = _trajectories(config, denoiser, clock)
+    rollout_step, _, rollouts, pool = _trajectories(config, denoiser, clock)
     at_once = len(pool.prompt)
 
     report(Event("some steps of training", 0, 1))
@@ -211,7 +230,6 @@ def _training(
     training_step = _training_step(config, setting, hypernetwork, objective, clock)
     pool_bytes = _pool_bytes(pool, config)
     return _Work(
-        asking=_discovery(config, denoiser, prompt, rollout_step / at_once, prediction / at_once),
         step_seconds={"rollout": rollout_step, "training": training_step},
         seconds={
             "collecting trajectories": rollouts,
@@ -223,9 +241,11 @@ def _training(
         },
         pool_bytes=pool_bytes,
         pool_file_bytes=pool_bytes + header_bytes(pool.tensors(), {}),
-        state_bytes=_count(hypernetwork)
-        * torch.float32.itemsize
-        * (1 + 2 * len(objective.phases) + bool(config.train.ema)),
+        state_bytes=torch.float32.itemsize
+        * (
+            _count(hypernetwork) * (1 + bool(config.train.ema))
+            + 2 * len(objective.phases) * _count(hypernetwork, trained=True)
+        ),
     )
 
 
@@ -318,15 +338,13 @@ def _objective(
     pool: Pool,
     material: GateMaterial,
 ) -> Objective:
+    retain = pool if config.trajectories.retain_rollouts else None
+    drawn_from = Material(pool, retain, material.negatives.to(denoiser.device))
+    if isinstance(hypernetwork, EditsHypernetwork):
+        anything = torch.eye(hypernetwork.down.shape[-1])
+        return refinement(config, denoiser, hypernetwork, drawn_from, anything)
     return make_objective(
-        config.objective,
-        hypernetwork=hypernetwork,
-        denoiser=denoiser,
-        material=Material(
-            pool,
-            pool if config.trajectories.retain_rollouts else None,
-            material.negatives.to(denoiser.device),
-        ),
+        config.objective, hypernetwork=hypernetwork, denoiser=denoiser, material=drawn_from
     )
 
 
@@ -336,7 +354,6 @@ def _solving(
     hypernetwork: EditsHypernetwork,
     material: GateMaterial,
     clock: Clock,
-    prompt: float,
 ) -> _Work:
     """Solve for one edit, with few sentences of what stays; sentences and edits then count."""
     few = _changed(config, "objective", preserved=1).model_copy(
@@ -346,7 +363,12 @@ def _solving(
     reading, _ = clock.time(lambda: denoiser.embed(sentences))
     reading /= len(sentences)
     weighing, seen = clock.once(lambda: Seen.of(denoiser.target_weights()))
-    one, edits = clock.time(lambda: solve_edits(few, denoiser, seen, lambda *_: None))
+
+    def solve_one() -> tuple[Tensor, list[Edit]]:
+        kept = kept_gram(few, denoiser)
+        return kept, solve_edits(few, denoiser, seen, kept, lambda *_: None)
+
+    one, (_, edits) = clock.time(solve_one)
     algebra = max(0.0, one - reading * texts_to_read(few))
     num = len(config.concepts)
     writing, _ = clock.once(lambda: factorize(hypernetwork, edits * num, seen))
@@ -354,7 +376,6 @@ def _solving(
         lambda: tell_apart(hypernetwork, material, config.seed, steps=GATE_STEPS)
     )
     return _Work(
-        asking=_asking_alone(config, denoiser, prompt, clock),
         step_seconds={"edit": one},
         seconds={
             "reading sentences": reading * texts_to_read(config),
@@ -363,24 +384,13 @@ def _solving(
     )
 
 
-def _asking_alone(
-    config: TrainConfig, denoiser: DenoiserLike, prompt: float, clock: Clock
-) -> float:
-    """Seconds of asking for other words where nothing else follows trajectories."""
-    if not config.discovery.words:
-        return 0.0
-    rollout_step, prediction, _, pool = _trajectories(config, denoiser, clock)
-    at_once = len(pool.prompt)
-    return _discovery(config, denoiser, prompt, rollout_step / at_once, prediction / at_once)
-
-
-def _discovery(
-    config: TrainConfig, denoiser: DenoiserLike, prompt: float, step: float, prediction: float
-) -> float:
-    """Seconds of asking for other words, from those of a prompt, and of a rollout step and a prediction of one picture."""
+def _discovery(config: TrainConfig, denoiser: DenoiserLike, prompt: float, clock: Clock) -> float:
+    """Seconds of asking for other words, from those of reading a prompt."""
     settings = config.discovery
     if not settings.words or not isinstance(denoiser, Speaking):
         return 0.0
+    step, prediction, _, pool = _trajectories(config, denoiser, clock)
+    step, prediction = step / len(pool.prompt), prediction / len(pool.prompt)
     asked = min(settings.candidates, settings.words) + 2  # the concept and its anchor, too
     steps, predictions = PICTURES * STOPS[-1], PICTURES * len(STOPS) * asked
     each = step * steps + prediction * predictions
@@ -503,5 +513,6 @@ def _changed(config: TrainConfig, section: str, **values: object) -> TrainConfig
     return config.model_copy(update={section: part})
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _count(module: torch.nn.Module, *, trained: bool = False) -> int:
+    """Numbers in it, or only in what is trained."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)

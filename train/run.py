@@ -41,7 +41,7 @@ from .config import ConfigError, ObjectiveName, TrainConfig, TrajectoryConfig
 from .denoiser import DenoiserLike, check_gradient
 from .discovery import describe as describe_words
 from .discovery import discover, widen
-from .gate import GateMaterial, gather, train_gate
+from .gate import GateMaterial, gather, surest, train_gate
 from .loop import (
     STAGE,
     Event,
@@ -60,12 +60,13 @@ from .objectives import (
     InertError,
     Material,
     Objective,
+    Refinement,
     Trajectory,
     check_alive,
     find_eta,
     make_objective,
 )
-from .prompts import forget_prompts, retain_prompts, split_vocabulary
+from .prompts import ForgetPrompt, forget_prompts, retain_prompts, split_vocabulary
 from .record import check_tensorboard, recorders
 from .trajectories import Pool, collect
 
@@ -137,8 +138,7 @@ def train(
         material = material.read_by(gate)
         hypernetwork = new_hypernetwork(config, denoiser, material)
         if isinstance(hypernetwork, EditsHypernetwork):
-            solve(config, denoiser, setting, hypernetwork, material)
-            figures: Mapping[str, float] = {}
+            figures = find_edits(config, denoiser, setting, hypernetwork, (material, gate))
         else:
             figures = _train_hypernetwork(config, denoiser, setting, hypernetwork, material)
 
@@ -179,26 +179,70 @@ def _train_hypernetwork(
     return {**measure_in_parts(config, objective, share), **found}
 
 
-def solve(
+def find_edits(
     config: TrainConfig,
     denoiser: DenoiserLike,
     setting: Setting,
     hypernetwork: EditsHypernetwork,
-    material: GateMaterial,
-) -> None:
-    """Find the edits in closed form, which is a run of a single step."""
+    reading: tuple[GateMaterial, Gate],
+) -> Mapping[str, float]:
+    """Solve for the edits, and refine them if the config says so; what was measured.
+
+    Args:
+        reading: prompts that ask for the concepts, and the gate that reads them.
+    """
     begin = time.perf_counter()
+    material, gate = reading
     tick = ticker(setting.report, "solving for edits")
-    edit_in_closed_form(config, denoiser, hypernetwork, material, tick)
-    record_solved(setting, hypernetwork, time.perf_counter() - begin)
-
-
-def record_solved(setting: Setting, hypernetwork: Hypernetwork, seconds: float) -> None:
-    """Tell the recorders of a run whose only step is the solution."""
-    done = Step(1, 1, {}, {}, seconds, hypernetwork)
+    kept = edit_in_closed_form(config, denoiser, hypernetwork, material, tick)
+    if config.objective.refine:
+        return _refine(config, denoiser, setting, hypernetwork, gate, kept)
+    done = Step(1, 1, {}, {}, time.perf_counter() - begin, hypernetwork)
     for recorder in setting.recorders:
         recorder.begin(0)
         recorder.record(done)
+    return {}
+
+
+def _refine(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    setting: Setting,
+    hypernetwork: EditsHypernetwork,
+    gate: Gate,
+    kept: Tensor,
+) -> Mapping[str, float]:
+    """Train solved edits on trajectories; which concept a prompt asks for is known already."""
+    forget, retain = collect_pools(config, denoiser, setting)
+    check_trainable(denoiser, forget)
+    pool = replace(forget, pooled=_read_pool(config, denoiser, setting, gate).to(forget.pooled))
+    material = Material(pool, retain, pool.pooled)
+    objective = refinement(config, denoiser, hypernetwork, material, kept)
+    share = run_loop(config, setting, hypernetwork, objective)
+    return measure_in_parts(config, objective, share)
+
+
+def refinement(
+    config: TrainConfig,
+    denoiser: DenoiserLike,
+    hypernetwork: EditsHypernetwork,
+    material: Material,
+    kept: Tensor,
+) -> Refinement:
+    """The objective of refining; all but what tells the concepts apart is left to train. ``kept`` is (dim, dim)."""
+    for name, parameter in hypernetwork.named_parameters():
+        parameter.requires_grad_(not name.startswith("trunk."))
+    kept = kept.to(denoiser.device, torch.float32)
+    return Refinement.of(config.objective, hypernetwork, denoiser, material, kept)
+
+
+def _read_pool(config: TrainConfig, denoiser: DenoiserLike, setting: Setting, gate: Gate) -> Tensor:
+    """Of this process's forget prompts the vectors that a pack's hypernetwork will be given, (prompts, embedding_dim)."""
+    processes = setting.processes
+    prompts = _pool_prompts(config)[0][processes.process_index :: processes.num_processes]
+    read = embedder(denoiser, setting.report, tokens=config.gate.tokens)
+    concepts = torch.tensor([prompt.concept for prompt in prompts])
+    return surest(gate, read([prompt.text for prompt in prompts]).cpu(), concepts)
 
 
 @dataclass(frozen=True)
@@ -386,23 +430,28 @@ def collect_pools(
     key = f"{_pool_digest(config)}/{denoiser.fingerprint.digest}/{index}/{num}"
     if kept := _kept_pools(path, key, denoiser.device):
         return kept
-    rng = random.Random(f"unhype pool {config.seed}")
-    prompts = [(p.text, p.anchor) for p in forget_prompts(config, settings.rollouts, rng=rng)]
-    words, _ = split_vocabulary(config, rng=rng)
-    others = retain_prompts(config, words, settings.retain_rollouts, rng=rng)
+    prompts, others = _pool_prompts(config)
 
     def roll_out(name: str, pairs: list[tuple[str, str]], seed: int) -> Pool:
         tick = ticker(setting.report, f"collecting trajectories{name}")
         return collect(denoiser, pairs[index::num], settings, seed=seed, tick=tick)
 
     seed = config.seed + 2 * index
-    forget = roll_out("", prompts, seed)
+    forget = roll_out("", [(p.text, p.anchor) for p in prompts], seed)
     retain = roll_out(" to keep", [(p, p) for p in others], seed + 1) if others else None
     tensors = {f"forget/{name}": value for name, value in forget.tensors().items()}
     if retain is not None:
         tensors |= {f"retain/{name}": value for name, value in retain.tensors().items()}
     state.write(path, tensors, {state.KEY: key})
     return forget, retain
+
+
+def _pool_prompts(config: TrainConfig) -> tuple[list[ForgetPrompt], list[str]]:
+    """Forget prompts and retain prompts of all processes."""
+    settings, rng = config.trajectories, random.Random(f"unhype pool {config.seed}")
+    prompts = forget_prompts(config, settings.rollouts, rng=rng)
+    words, _ = split_vocabulary(config, rng=rng)
+    return prompts, retain_prompts(config, words, settings.retain_rollouts, rng=rng)
 
 
 def _kept_pools(path: Path, key: str, device: torch.device) -> tuple[Pool, Pool | None] | None:

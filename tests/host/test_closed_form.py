@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ from train import closed_form
 from train.closed_form import texts_to_read
 from train.config import ConfigError, ObjectiveName, TrainConfig, make_config
 from train.extend import Extended, extend, fitting, remove
+from train.loop import STAGE
+from train.objectives.refinement import change_of_kept
 from train.plan import estimate
-from train.run import train
+from train.run import Event, TrainingInterrupted, train
 from unhype import checkpoint
+from unhype.hypernetwork import EditsHypernetwork
 from unhype.lora import LoRAFactors
 
 pytestmark = pytest.mark.host
@@ -36,8 +41,16 @@ def config(output: Path, **objective: object) -> TrainConfig:
                 {"name": "bomb", "target": ["bomb"], "anchor": "an empty meadow"},
             ],
             "retain": ["tiger", "dog", "bus", "tree", "pizza", "guitar", "a house", "rose"],
-            "objective": {"name": "closed-form", "sentences": 4, "scenes": 2, **objective},
+            "objective": {
+                "name": "closed-form",
+                "sentences": 4,
+                "scenes": 2,
+                "refine": False,
+                **objective,
+            },
             "gate": {"steps": 100, "num_positives": 80, "num_negatives": 120},
+            "trajectories": {"size": 64, "rollouts": 8, "states": 4, "steps": 8},
+            "train": {"steps": 40, "save_every": 5},
         }
     )
 
@@ -46,6 +59,12 @@ def config(output: Path, **objective: object) -> TrainConfig:
 def pack(world: NarrowWorld, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Pack:
     output = tmp_path_factory.mktemp("pack") / "pack.safetensors"
     return checkpoint.load(train(config(output), denoiser=world).path)
+
+
+@pytest.fixture(scope="module")
+def refined(world: NarrowWorld, tmp_path_factory: pytest.TempPathFactory) -> checkpoint.Pack:
+    output = tmp_path_factory.mktemp("refined") / "pack.safetensors"
+    return checkpoint.load(train(config(output, refine=True), denoiser=world).path)
 
 
 def outputs(world: NarrowWorld, text: str, factors: LoRAFactors | None = None) -> torch.Tensor:
@@ -184,7 +203,9 @@ def test_an_extended_pack_can_be_extended_again_and_its_settings_default_to_its_
     settings = fitting(checkpoint.load(extended.path), make_config(data))
     assert settings.objective.name is ObjectiveName.CLOSED_FORM
     gate = settings.gate.model_copy(update={"steps": 100, "num_positives": 40})
-    settings = settings.model_copy(update={"gate": gate})
+    assert settings.objective.refine
+    objective = settings.objective.model_copy(update={"refine": False})
+    settings = settings.model_copy(update={"gate": gate, "objective": objective})
     again = extend(extended.path, settings, denoiser=world)
     assert checkpoint.load(again.path).info.hypernetwork.num_concepts == 5
     assert max(change.mean for change in again.changes.values()) < 0.02
@@ -231,3 +252,115 @@ def test_a_plan_of_closed_form_is_of_its_size_and_time(world: NarrowWorld, tmp_p
     assert texts_to_read(settings) > texts_to_read(
         settings.model_copy(update={"concepts": settings.concepts[:1]})
     )
+
+
+def test_refining_brings_predictions_nearer_to_the_anchors(
+    world: NarrowWorld, refined: checkpoint.Pack, tmp_path: Path
+) -> None:
+    barely = config(tmp_path / "barely.safetensors", refine=True).plain()
+    barely["train"] |= {"steps": 1, "lr": 1e-6}  # pyright: ignore[reportOperatorIssue]
+    start = train(make_config(barely), denoiser=world).metrics["erase_loss"]
+    end, without = (
+        float(str(refined.info.metrics[key])) for key in ("erase_loss", "erase_loss_without")
+    )
+    assert start < 0.5 * without  # the solution erases already
+    assert end < 0.7 * start
+
+
+def test_refining_leaves_alone_what_tells_the_concepts_apart(
+    pack: checkpoint.Pack, refined: checkpoint.Pack
+) -> None:
+    before, after = pack.hypernetwork.state_dict(), refined.hypernetwork.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"down", "mix", "up"}
+
+
+def test_what_stays_is_held_while_edits_are_refined(
+    world: NarrowWorld, refined: checkpoint.Pack, pack: checkpoint.Pack, tmp_path: Path
+) -> None:
+    output = tmp_path / "loose.safetensors"
+    loose = checkpoint.load(train(config(output, refine=True, hold=0.0), denoiser=world).path)
+    kept = closed_form.kept_gram(config(output), world).float()
+    changes = []
+    for one in (pack, refined, loose):
+        assert isinstance(one.hypernetwork, EditsHypernetwork)
+        with torch.no_grad():
+            changes.append(float(change_of_kept(one.hypernetwork, kept)))
+    solved, held, free = changes
+    assert held < free
+    assert held < 1.1 * solved
+
+
+def test_the_change_of_what_stays_is_that_of_the_layers_outputs(
+    world: NarrowWorld, pack: checkpoint.Pack
+) -> None:
+    r = world.embed(["a photo of a tiger"]).cross[0]
+    network = pack.hypernetwork
+    assert isinstance(network, EditsHypernetwork)
+    with torch.no_grad():
+        moved = [
+            (r @ down.T @ mix.T @ up.T).square().sum(1).mean()
+            for down, mix in zip(network.down, network.mix, strict=True)
+            for up in network.up
+        ]
+        found = change_of_kept(network, r.T @ r / len(r))
+    torch.testing.assert_close(found, torch.stack(moved).sum() / len(network.down))
+
+
+def test_an_interrupted_refinement_goes_on_to_the_same_pack(
+    world: NarrowWorld, refined: checkpoint.Pack, tmp_path: Path
+) -> None:
+    settings = config(tmp_path / "broken.safetensors", refine=True)
+
+    def stop(event: Event) -> None:
+        if event.stage == STAGE and event.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted, match="step 7 of 40"):
+        train(settings, denoiser=world, progress=stop)
+    whole = checkpoint.load(train(settings, denoiser=world).path)
+    for name, value in refined.hypernetwork.state_dict().items():
+        assert torch.equal(whole.hypernetwork.state_dict()[name], value), name
+    assert whole.info.metrics == refined.info.metrics
+
+
+def test_a_refined_pack_can_be_extended_and_its_old_edits_stay(
+    world: NarrowWorld, refined: checkpoint.Pack, tmp_path: Path
+) -> None:
+    old = tmp_path / "old.safetensors"
+    checkpoint.save(old, refined.info, refined.hypernetwork, refined.gate)
+    data = config(tmp_path / "new.safetensors", refine=True).plain()
+    data |= {"concepts": [{"name": "pizza", "target": ["pizza"], "anchor": "an empty meadow"}]}
+    data |= {"retain": ["tiger", "dog", "bus", "tree", "a house", "rose"]}
+    grown = extend(old, make_config(data), denoiser=world)
+    assert max(change.mean for change in grown.changes.values()) < 0.02
+    assert float(str(grown.metrics["erase_loss"])) < 0.3 * float(
+        str(grown.metrics["erase_loss_without"])
+    )
+    new = checkpoint.load(grown.path)
+    texts = ["a photo of a pizza", "a photo of an empty meadow"]
+    wanted = outputs(world, texts[1])[-1]
+    plain = outputs(world, texts[0])[-1]
+    factors = new.hypernetwork.generate(world.embed_pooled(texts[:1]))
+    assert (outputs(world, texts[0], factors)[-1] - wanted).norm() < 0.5 * (plain - wanted).norm()
+
+
+def test_a_plan_of_refining_counts_trajectories_and_steps(
+    world: NarrowWorld, tmp_path: Path
+) -> None:
+    settings = config(tmp_path / "planned.safetensors", refine=True)
+    planned = estimate(settings, world)
+    seconds = planned.seconds
+    for part in ("reading sentences", "collecting trajectories", "training the hypernetwork"):
+        assert seconds[part] > 0
+    states = {}
+
+    def look(event: Event) -> None:
+        if event.stage == STAGE and event.step == 6:
+            for kind in ("state", "pool"):
+                states[kind] = settings.output.with_suffix(f".{kind}.safetensors").stat().st_size
+
+    result = train(settings, denoiser=world, progress=look)
+    assert planned.pack_bytes == pytest.approx(result.path.stat().st_size, abs=400)
+    assert planned.pool_file_bytes == pytest.approx(states["pool"], rel=0.05)
+    assert planned.state_bytes == pytest.approx(states["state"], rel=0.05)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from demo.prompts import Group, Trial, make_trials, split_concepts
-from demo.scoring import Verdict, known_words, scene_presence, score
+from demo.scoring import Verdict, drawn_instead, known_words, scene_presence, score
 from demo.workflow import Sampling, fill, load_workflow, only, without_unhype
 from demo.world.concepts import concept_index, load_concepts, load_held_out
 
@@ -64,6 +64,14 @@ def test_a_word_the_base_model_cannot_draw_does_not_count_as_forgotten() -> None
 def test_scenes_count_the_erased_and_the_other_concept_apart() -> None:
     scene = verdict(Group.SCENE, "cat", ("cat", "bus"), ["bus", "cat"])
     assert scene_presence([scene], "cat") == {"erased_present": 0.5, "other_present": 0.5}
+
+
+def test_another_thing_in_place_of_the_erased_is_counted() -> None:
+    verdicts = [
+        verdict(Group.TARGET, "cat", ("cat",), ["cat", "bus", "bus", "cat"]),
+        verdict(Group.SIBLING, "lion", ("lion",), ["bus", "bus"]),
+    ]
+    assert drawn_instead(verdicts, "cat") == {"drawn_instead": 0.5}
 
 
 def test_the_workflow_without_the_nodes_wires_past_them() -> None:

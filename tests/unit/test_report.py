@@ -20,7 +20,7 @@ def test_the_report_is_one_page_one_json_and_one_picture(tmp_path: Path) -> None
         for group in Group
     ]
     scores = {"acc_e": 0.0, "acc_g": None, "acc_s": 1.0, "acc_s_siblings": 0.9, "h_o": 1.0}
-    presence = {"erased_present": 0.0, "other_present": 0.8}
+    presence = {"drawn_instead": 0.1, "erased_present": 0.0, "other_present": 0.8}
     report = {
         "concept": "cat",
         **scores,

@@ -9,6 +9,7 @@ from ..denoiser import DenoiserLike
 from .base import MEASURED_BATCHES, Material, Objective, Phase, dial
 from .direct import Direct
 from .oracle import Descent, find_eta
+from .refinement import Refinement
 from .trajectory import InertError, Trajectory, check_alive
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Material",
     "Objective",
     "Phase",
+    "Refinement",
     "Trajectory",
     "check_alive",
     "dial",
@@ -42,6 +44,4 @@ def make_objective(
             eta = 1.0 if config.eta == "auto" else config.eta
             return Trajectory(config, hypernetwork, denoiser, material, eta)
         case ObjectiveName.CLOSED_FORM:
-            raise ValueError(
-                "The objective closed-form is solved, not trained: see train.closed_form."
-            )
+            raise ValueError("Edits are solved for before they are trained: see train.closed_form.")

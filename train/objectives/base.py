@@ -48,11 +48,13 @@ class Phase:
             ``loss`` among them. What it draws does not depend on the parts that it is computed in, for the sake of memory.
         repeats: how often a step takes it.
         lr: highest learning rate; ``train.lr`` by default.
+        relative: whether learning rates are in units of each parameter's root mean square at the start.
     """
 
     backward: Backward
     repeats: int = 1
     lr: float | None = None
+    relative: bool = False
 
 
 class Objective(Protocol):
