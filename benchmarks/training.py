@@ -163,8 +163,8 @@ def race(
     start = exam.grade(NoEraser(), 0.0, 0)
     goal = Goal(MOST_ERASED_LEFT, start.acc_s - MOST_KEPT_LOST)
     console.print(f"race: {task.config.concepts[0].name}, at first {_percent(start)}")
-    config = _shorten(task.config, quick)
-    ours = [_run_ours(exam, _shorten(in_closed_form(task.config), quick), 1, console)]
+    config, solved = (_shorten(c, quick) for c in (task.config, in_closed_form(task.config)))
+    ours = [_run_ours(exam, solved, solved.train.steps, console)]
     direct = [_run_ours(exam, config, steps, console) for steps in plan.lengths]
     authors = run_authors(exam, task, goal, plan, console)
     by_direct = compare(direct, authors, goal, plan.limit)
@@ -240,7 +240,7 @@ def compare(
 
 
 def _run_ours(exam: Exam, config: TrainConfig, steps: int, console: Console) -> Checkpoint:
-    """A run of so many steps (closed form takes one) with all that belongs to it, and its exam."""
+    """A run of so many steps with all that belongs to it, and its exam."""
     settings = config.train.model_copy(update={"steps": steps})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pack.safetensors"

@@ -544,11 +544,6 @@ class TrainConfig(BaseModel):
                 f"network.architecture {self.network.architecture.value} does not go with objective.name "
                 f"{self.objective.name.value}: edits and closed-form need one another. Leave network.architecture out"
             )
-        if self.gate.tokens and not edits:
-            raise ValueError(
-                f"gate.tokens does not go with objective.name {self.objective.name.value}: what it trains reads the ends of "
-                "prompts. Leave it out, or use objective.name closed-form"
-            )
         if self.gate.tokens and self.gate.virtual_negatives:
             raise ValueError(
                 "gate.virtual_negatives moves whole prompts, and gate.tokens reads every token. Leave one of them out"

@@ -218,7 +218,7 @@ def extend(
         else:
             hypernetwork = grow(old, growth.atoms, config.seed).to(denoiser.device)
             figures = _train_further(
-                config, denoiser, setting, (old, hypernetwork), (asking, kept), growth
+                config, denoiser, setting, (old, hypernetwork), (asking, kept, part), growth
             )
 
     _round_to_stored(hypernetwork)
@@ -260,16 +260,16 @@ def _train_further(
     denoiser: DenoiserLike,
     setting: Setting,
     networks: tuple[Hypernetwork, Hypernetwork],
-    texts: tuple[GateMaterial, Tensor],
+    texts: tuple[GateMaterial, Tensor, Gate],
     growth: Growth,
 ) -> Mapping[str, float]:
     """Train the second network on the new concepts while it keeps to the first on prompts of the old; what was measured.
 
     Args:
-        texts: of the new concepts, and embeddings of the old ones' prompts.
+        texts: of the new concepts, embeddings of the old ones' prompts, and the gate of the new concepts.
     """
-    (old, hypernetwork), (material, kept) = networks, texts
-    forget, retain = collect_pools(config, denoiser, setting)
+    (old, hypernetwork), (material, kept, gate) = networks, texts
+    forget, retain = collect_pools(config, denoiser, setting, gate)
     check_trainable(denoiser, forget)
     kept = kept.to(denoiser.device)
     negatives = material.negatives.to(denoiser.device)

@@ -140,7 +140,7 @@ def train(
         if isinstance(hypernetwork, EditsHypernetwork):
             figures = find_edits(config, denoiser, setting, hypernetwork, (material, gate))
         else:
-            figures = _train_hypernetwork(config, denoiser, setting, hypernetwork, material)
+            figures = _train_hypernetwork(config, denoiser, setting, hypernetwork, (material, gate))
 
     metrics = {**figures, **lora_norms(hypernetwork, material)}
     if config.objective.name is ObjectiveName.MATCHING:
@@ -163,10 +163,11 @@ def _train_hypernetwork(
     denoiser: DenoiserLike,
     setting: Setting,
     hypernetwork: Hypernetwork,
-    material: GateMaterial,
+    reading: tuple[GateMaterial, Gate],
 ) -> Mapping[str, float]:
     """Train it on trajectories, step by step; what was measured."""
-    forget, retain = collect_pools(config, denoiser, setting)
+    material, gate = reading
+    forget, retain = collect_pools(config, denoiser, setting, gate)
     check_trainable(denoiser, forget)
     objective = make_objective(
         config.objective,
@@ -213,10 +214,9 @@ def _refine(
     kept: Tensor,
 ) -> Mapping[str, float]:
     """Train solved edits on trajectories; which concept a prompt asks for is known already."""
-    forget, retain = collect_pools(config, denoiser, setting)
+    forget, retain = collect_pools(config, denoiser, setting, gate)
     check_trainable(denoiser, forget)
-    pool = replace(forget, pooled=_read_pool(config, denoiser, setting, gate).to(forget.pooled))
-    material = Material(pool, retain, pool.pooled)
+    material = Material(forget, retain, forget.pooled)
     objective = refinement(config, denoiser, hypernetwork, material, kept)
     share = run_loop(config, setting, hypernetwork, objective)
     return measure_in_parts(config, objective, share)
@@ -234,15 +234,6 @@ def refinement(
         parameter.requires_grad_(not name.startswith("trunk."))
     kept = kept.to(denoiser.device, torch.float32)
     return Refinement.of(config.objective, hypernetwork, denoiser, material, kept)
-
-
-def _read_pool(config: TrainConfig, denoiser: DenoiserLike, setting: Setting, gate: Gate) -> Tensor:
-    """Of this process's forget prompts the vectors that a pack's hypernetwork will be given, (prompts, embedding_dim)."""
-    processes = setting.processes
-    prompts = _pool_prompts(config)[0][processes.process_index :: processes.num_processes]
-    read = embedder(denoiser, setting.report, tokens=config.gate.tokens)
-    concepts = torch.tensor([prompt.concept for prompt in prompts])
-    return surest(gate, read([prompt.text for prompt in prompts]).cpu(), concepts)
 
 
 @dataclass(frozen=True)
@@ -416,9 +407,32 @@ def check_trainable(denoiser: DenoiserLike, pool: Pool) -> None:
 
 
 def collect_pools(
+    config: TrainConfig, denoiser: DenoiserLike, setting: Setting, gate: Gate
+) -> tuple[Pool, Pool | None]:
+    """This process's states for forget prompts and, if wanted, for retain prompts; from the disk where they are kept.
+
+    Args:
+        gate: says which vector of a prompt the hypernetwork is to read, if the gate reads them all.
+    """
+    forget, retain = _pools_read_at_ends(config, denoiser, setting)
+    if not gate.config.tokens:
+        return forget, retain
+    own = slice(setting.processes.process_index, None, setting.processes.num_processes)
+    read = embedder(denoiser, setting.report, tokens=True)
+    prompts, others = _pool_prompts(config)
+    concepts = torch.tensor([prompt.concept for prompt in prompts[own]])
+    vectors = surest(gate, read([prompt.text for prompt in prompts[own]]).cpu(), concepts)
+    forget = replace(forget, pooled=vectors.to(forget.pooled))
+    if retain is not None:
+        vectors = surest(gate, read(others[own]).cpu())
+        retain = replace(retain, pooled=vectors.to(retain.pooled))
+    return forget, retain
+
+
+def _pools_read_at_ends(
     config: TrainConfig, denoiser: DenoiserLike, setting: Setting
 ) -> tuple[Pool, Pool | None]:
-    """This process's states for forget prompts and, if wanted, for retain prompts; from the disk where they are kept."""
+    """The same with the vectors of the prompts' ends."""
     settings, processes = config.trajectories, setting.processes
     index, num = processes.process_index, processes.num_processes
     if min(settings.rollouts, settings.retain_rollouts or settings.rollouts) < num:

@@ -28,7 +28,7 @@ from unhype.checkpoint import PackInfo
 
 from ..prompts import DEFAULT_ANCHOR, PLAIN_PROMPTS, SCENE_TEMPLATES, SEEN_TEMPLATES
 from .concepts import Concept, concept_index, load_concepts, load_held_out
-from .evaluator import PRESENT, Evaluator, load_evaluator
+from .evaluator import NOTHING, PRESENT, Evaluator, load_evaluator
 from .expand import CHECKPOINT_NAME, EVALUATOR
 from .narrow import NarrowWorld
 from .words import known_words, tokenizer_folder, touches_held_out
@@ -64,7 +64,7 @@ class WorldEvaluator:
     def judge(self, pictures: Tensor) -> Judgement:
         """Look at pictures, (n, 3, 64, 64) in [0, 1]."""
         scores = self._network(pictures)[0].sigmoid()
-        return Judgement(scores, self._network.features(pictures - 0.5).mean((2, 3)))
+        return Judgement(scores, self._network.features(pictures - 0.5).mean((2, 3)), NOTHING)
 
 
 def evaluator(argument: str = "", labels: Sequence[str] = ()) -> WorldEvaluator:

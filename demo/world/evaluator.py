@@ -17,6 +17,8 @@ from .concepts import STYLES, load_concepts
 
 PRESENT = 0.5
 """A concept counts as present in a scene from this probability on."""
+NOTHING = 0.05
+"""Below this probability of every concept a picture shows none; an empty meadow has up to 0.03."""
 
 
 class Evaluator(nn.Module):
@@ -58,7 +60,7 @@ class Judgement:
     """What the evaluator sees in a batch of pictures."""
 
     top: Tensor
-    """Most likely concept, (batch,)."""
+    """Most likely concept, (batch,), -1 if there is none."""
     presence: Tensor
     """Probability that each concept is in the picture, (batch, concepts)."""
     style: Tensor
@@ -72,7 +74,9 @@ def judge(evaluator: Evaluator, pictures: Tensor, *, batch: int = 256) -> Judgem
         torch.cat(parts)
         for parts in zip(*(evaluator(p) for p in pictures.split(batch)), strict=True)
     )
-    return Judgement(concepts.argmax(-1), concepts.sigmoid(), styles.argmax(-1))
+    presence = concepts.sigmoid()
+    top = presence.argmax(-1).masked_fill(presence.amax(-1) < NOTHING, -1)
+    return Judgement(top, presence, styles.argmax(-1))
 
 
 def load_evaluator(path: Path) -> Evaluator:

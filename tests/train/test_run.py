@@ -98,6 +98,28 @@ def test_the_gate_fires_for_the_target_and_not_for_others(
     assert opened == [True, True, False, False]
 
 
+def test_what_is_trained_on_trajectories_can_read_every_token(
+    make: Make, denoiser: TinyDenoiser
+) -> None:
+    settings = (
+        "gate.tokens=true",
+        "gate.steps=300",
+        "trajectories.retain_rollouts=4",
+        "objective.function_retention=0.1",
+        "train.steps=150",
+        "train.lr=1e-2",
+        "objective.weight_retention=1e-5",
+    )
+    pack = checkpoint.load(train(make(*settings), denoiser=denoiser).path)
+    metrics = pack.info.metrics
+    assert metrics["erase_loss"] < 0.5 * metrics["erase_loss_without"]
+    others = "a zebra beside the violin under seven lamps on the wide beach"
+    texts = [f"a cat and {others}", others]
+    for text, fires in zip(texts, (True, False), strict=True):
+        generated = pack.generate(denoiser.embed_tokens([text]))
+        assert generated.reading.open.tolist() == [fires]
+
+
 def test_the_same_config_writes_the_same_pack(
     make: Make, denoiser: TinyDenoiser, tmp_path: Path
 ) -> None:

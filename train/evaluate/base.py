@@ -51,24 +51,28 @@ class Judgement:
     Attributes:
         scores: how surely each label is in the picture, (n, labels) in [0, 1].
         features: for distances between pictures, (n, dim).
+        least: score below which a label is no answer; a picture of nothing else has a likeliest label, too.
     """
 
     scores: Tensor
     features: Tensor
+    least: float = 0.0
 
     def __len__(self) -> int:
         return len(self.scores)
 
     @property
     def top(self) -> Tensor:
-        """The surest label of each picture, (n,)."""
-        return self.scores.argmax(-1)
+        """The surest label of each picture, (n,), -1 if it shows none."""
+        return self.scores.argmax(-1).masked_fill(self.scores.amax(-1) < self.least, -1)
 
     @staticmethod
     def cat(parts: Sequence[Judgement]) -> Judgement:
         """Several, one after the other."""
         return Judgement(
-            torch.cat([p.scores for p in parts]), torch.cat([p.features for p in parts])
+            torch.cat([p.scores for p in parts]),
+            torch.cat([p.features for p in parts]),
+            max((p.least for p in parts), default=0.0),
         )
 
 
