@@ -1,7 +1,7 @@
 # Everything runs in .venv; a fresh machine needs python3 (3.10 or later) and make.
 PYTHON ?= python3
 CONCEPT ?= bomb
-OBJECTIVE ?= direct
+OBJECTIVE ?= closed-form
 TORCH ?= torch==2.13.0
 
 VENV := .venv
@@ -12,7 +12,7 @@ ENV_STAMP := $(VENV)/.unhype-env
 .PHONY: help env host demo test lint bench world clean
 
 help:
-	@echo "make demo [CONCEPT=bomb] [OBJECTIVE=direct]  train an eraser and show it at work in ComfyUI"
+	@echo "make demo [CONCEPT=bomb] [OBJECTIVE=closed-form]  train an eraser and show it at work in ComfyUI"
 	@echo "make test                run all tests"
 	@echo "make lint                ruff and pyright"
 	@echo "make bench               run the benchmarks"

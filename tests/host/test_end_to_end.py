@@ -16,6 +16,7 @@ from demo.workflow import Sampling, fill, load_workflow, only, without_unhype
 from demo.world.concepts import concept_index
 from demo.world.evaluator import judge, load_evaluator
 from demo.world.expand import CHECKPOINT_NAME, COMPACT, EVALUATOR, expand
+from train.config import ObjectiveName
 from train.run import train
 
 PACK = "small-bomb.safetensors"
@@ -27,7 +28,9 @@ def base(comfyui: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base folder with the demo world and a pack trained for a minute."""
     folder = make_base(tmp_path_factory.mktemp("base"))
     checkpoint = expand(COMPACT, folder / "models" / "checkpoints" / CHECKPOINT_NAME)
-    config = make_config("bomb", checkpoint, folder / "models" / "unhype" / PACK)
+    config = make_config(
+        "bomb", checkpoint, folder / "models" / "unhype" / PACK, ObjectiveName.DIRECT
+    )
     small = config.model_copy(
         update={
             "trajectories": config.trajectories.model_copy(update={"rollouts": 12}),

@@ -54,7 +54,8 @@ def test_inflections_of_a_held_out_word_count_as_held_out() -> None:
 
 @pytest.mark.parametrize("concept", ["cat", "beer", "ambulance"])
 def test_the_demo_trains_on_nothing_it_evaluates(concept: str, tmp_path: Path) -> None:
-    config = make_config(concept, tmp_path / "world.safetensors", tmp_path / "pack.safetensors")
+    paths = (tmp_path / "world.safetensors", tmp_path / "pack.safetensors")
+    config = make_config(concept, *paths, OBJECTIVES[0])
     split = split_concepts(concept)
     evaluated = {c.name for c in (*split.unseen, *split.siblings)}
     seen = {*config.retain, *(phrase for entry in config.concepts for phrase in entry.target)}
@@ -66,7 +67,7 @@ def test_the_demo_trains_on_nothing_it_evaluates(concept: str, tmp_path: Path) -
 
 def test_the_demo_can_be_solved_in_closed_form(tmp_path: Path) -> None:
     paths = (tmp_path / "world.safetensors", tmp_path / "pack.safetensors")
-    trained, solved = (make_config("cat", *paths, objective) for objective in OBJECTIVES)
+    solved, trained = (make_config("cat", *paths, objective) for objective in OBJECTIVES)
     assert trained.network.architecture is Architecture.ATOMS
     assert solved.network.architecture is Architecture.EDITS
     assert (solved.retain, solved.concepts) == (trained.retain, trained.concepts)
