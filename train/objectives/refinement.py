@@ -29,6 +29,7 @@ class Refinement:
 
     Attributes:
         kept: mean of r r^T, (dim, dim).
+        unit: L_0 / R_start.
     """
 
     config: ObjectiveConfig
