@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -55,6 +56,8 @@ from .run import (
 from .trajectories import Pool, collect, draw
 
 Value = TypeVar("Value")
+RolledOut = Callable[[], tuple[float, float, float, Pool]]
+"""What ``_trajectories`` measured."""
 
 SAMPLE = 128
 """Prompts that are read to time reading."""
@@ -133,6 +136,7 @@ def estimate(
         raise ConfigError("A plan is made in one process; run it without `accelerate launch`.")
     report = progress or (lambda event: None)
     clock = Clock(denoiser.device)
+    rolled_out = cache(lambda: _trajectories(config, denoiser, clock))
 
     report(Event("reading some prompts", 0, 1))
     texts, material = _gate_texts(config, denoiser)
@@ -153,8 +157,8 @@ def estimate(
         report(Event("solving for one edit", 0, 1))
         work = _solving(config, denoiser, hypernetwork, material, clock)
     if trained:
-        work += _training(config, denoiser, hypernetwork, material, clock, report)
-    asking = _discovery(config, denoiser, prompt, clock)
+        work += _training(config, denoiser, hypernetwork, material, clock, report, rolled_out)
+    asking = _discovery(config, denoiser, prompt, rolled_out)
     with (
         torch.no_grad()
     ):  # the largest batch that a run writes LoRA for; it may need more memory than a step
@@ -215,10 +219,11 @@ def _training(
     material: GateMaterial,
     clock: Clock,
     report: Report,
+    rolled_out: RolledOut,
 ) -> _Work:
     """Take some steps on trajectories."""
     report(Event("some steps of a trajectory", 0, 1))
-    rollout_step, _, rollouts, pool = _trajectories(config, denoiser, clock)
+    rollout_step, _, rollouts, pool = rolled_out()
     at_once = len(pool.prompt)
 
     report(Event("some steps of training", 0, 1))
@@ -384,12 +389,14 @@ def _solving(
     )
 
 
-def _discovery(config: TrainConfig, denoiser: DenoiserLike, prompt: float, clock: Clock) -> float:
+def _discovery(
+    config: TrainConfig, denoiser: DenoiserLike, prompt: float, rolled_out: RolledOut
+) -> float:
     """Seconds of asking for other words, from those of reading a prompt."""
     settings = config.discovery
     if not settings.words or not isinstance(denoiser, Speaking):
         return 0.0
-    step, prediction, _, pool = _trajectories(config, denoiser, clock)
+    step, prediction, _, pool = rolled_out()
     step, prediction = step / len(pool.prompt), prediction / len(pool.prompt)
     asked = min(settings.candidates, settings.words) + 2  # the concept and its anchor, too
     steps, predictions = PICTURES * STOPS[-1], PICTURES * len(STOPS) * asked
