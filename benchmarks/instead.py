@@ -17,11 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from demo.world.bench import DemoWorld
-from train.config import TrainConfig
+from train.config import TrainConfig, in_closed_form
 from train.evaluate.base import Evaluator, Kind, PictureModel, Question, Task
 from train.evaluate.erasers import NoEraser, PackEraser
 from train.evaluate.exam import Drawn, Sheet, draw_sheet
-from train.evaluate.methods import task_in_closed_form
 from train.prompts import fill
 from train.run import train
 from unhype import checkpoint
@@ -51,7 +50,7 @@ def measure(
         asked, meant = ask(task)
         anchors = draw_sheet(meant, model, evaluator, NoEraser(), world.sampling)
         for name in (SOLVED, REFINED):
-            pack, seconds = make_pack(change(task_in_closed_form(task.config)), model, name)
+            pack, seconds = make_pack(change(in_closed_form(task.config)), model, name)
             drawn = draw_sheet(asked, model, evaluator, PackEraser(pack), world.sampling)
             figures = {"train_seconds": seconds, **look(asked, drawn, anchors, evaluator)}
             measured.setdefault(str(count), {})[name] = figures

@@ -32,7 +32,6 @@ from train.evaluate.base import Evaluator, Kind, PictureModel, Question, Samplin
 from train.evaluate.compare import FIRST_SEED, read_cell
 from train.evaluate.erasers import Eraser, NoEraser, PackEraser
 from train.evaluate.exam import Drawn, Sheet, draw_sheet, mark
-from train.evaluate.methods import task_in_closed_form
 from train.evaluate.scores import score
 from train.loop import Setting, Step, run_loop
 from train.objectives import Material, make_objective
@@ -265,7 +264,7 @@ def cost(
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in plan.counts:
-            config = _shorten(task_in_closed_form(world.task(count, 0).config), quick)
+            config = _shorten(in_closed_form(world.task(count, 0).config), quick)
             measured[count] = _train(config, model, Path(folder) / f"{count}.safetensors")
             console.print(f"cost: {count} concepts took {measured[count][0]:.0f} s")
     return relate(measured)

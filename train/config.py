@@ -163,21 +163,21 @@ class GateConfig(BaseModel):
     model_config = STRICT
 
     hidden_dim: Count = 128
-    steps: Count = 1500
+    steps: Count = 700
     batch_size: Annotated[int, Field(ge=2)] = 128
     lr: Positive = 2e-3
     weight_decay: Number = 0.05
-    num_positives: Annotated[int, Field(ge=10)] = 600
-    num_negatives: Annotated[int, Field(ge=10)] = 2000
+    num_positives: Annotated[int, Field(ge=10)] = 1200
+    num_negatives: Annotated[int, Field(ge=10)] = 4000
     long_share: Share = 0.2
-    scatter_share: Share = 0.0
-    noise: Number = 1.0
+    scatter_share: Share = 0.5
+    noise: Number = 2.0
     virtual_negatives: Share = 0.0
-    adversarial: Number = 0.0
-    tokens: bool = False
+    adversarial: Number = 6.0
+    tokens: bool = True
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
-    false_fire_rate: OpenShare = 0.01
-    threshold_position: Share = 0.5
+    false_fire_rate: OpenShare = 0.1
+    threshold_position: Share = 0.25
 
 
 class DiscoveryConfig(BaseModel):
@@ -285,18 +285,8 @@ EDITS_DEFAULTS: Mapping[str, object] = {
 """Of the network, where the objective is ``closed-form``."""
 REFINING_DEFAULTS: Mapping[str, object] = {"steps": 150, "lr": 5e-3}
 """Of the optimizer there; the learning rate is in units of what it moves."""
-LENIENT_GATE: Mapping[str, object] = {
-    "false_fire_rate": 0.1,
-    "threshold_position": 0.0,
-    "num_positives": 1200,
-    "num_negatives": 4000,
-    "scatter_share": 0.5,
-    "noise": 2.0,
-    "adversarial": 6.0,
-    "tokens": True,
-    "steps": 700,
-}
-"""Of the gate there: an edit on a prompt that asks for nothing erased changes little, so a prompt too many is better than one missed."""
+FEW_CONCEPTS = 4
+"""Up to so many concepts the gate of ``closed-form`` is as strict as others."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -456,7 +446,7 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_closed_form(cls, data: object) -> object:
-        """Closed form needs edits, so they are its default; it can do with a lenient gate, and with few steps."""
+        """Closed form needs edits, so they are its default; it can do with few steps, and for many concepts with a lenient gate."""
         if not isinstance(data, dict):
             return data
         objective = data.get("objective")
@@ -465,9 +455,10 @@ class TrainConfig(BaseModel):
         )
         if name not in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
             return data
+        concepts = data.get("concepts")
         defaults = {
             "network": EDITS_DEFAULTS,
-            "gate": LENIENT_GATE,
+            "gate": _gate_of_edits(len(concepts) if isinstance(concepts, list | tuple) else 1),
             "train": REFINING_DEFAULTS,
         }
         own = {section: data.get(section, {}) for section in defaults}
@@ -546,7 +537,7 @@ class TrainConfig(BaseModel):
             )
         if self.gate.tokens and self.gate.virtual_negatives:
             raise ValueError(
-                "gate.virtual_negatives moves whole prompts, and gate.tokens reads every token. Leave one of them out"
+                "gate.virtual_negatives moves whole prompts, and gate.tokens reads every token. Set gate.tokens to false, or leave the other out"
             )
         if self.objective.function_retention and not self.trajectories.retain_rollouts:
             raise ValueError(
@@ -580,10 +571,15 @@ def in_closed_form(config: TrainConfig) -> TrainConfig:
     update = {
         "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
         "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
-        "gate": _with_defaults(config.gate, GateConfig(), LENIENT_GATE),
+        "gate": _with_defaults(config.gate, GateConfig(), _gate_of_edits(len(config.concepts))),
         "train": _with_defaults(config.train, OptimizerConfig(), REFINING_DEFAULTS),
     }
     return config.model_copy(update=update)
+
+
+def _gate_of_edits(num_concepts: int) -> Mapping[str, object]:
+    """Gate settings in closed form: an edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear."""
+    return {} if num_concepts <= FEW_CONCEPTS else {"threshold_position": 0.0}
 
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -20,8 +20,8 @@ from unhype.host.denoise import TextBatch
 
 from .config import ConceptConfig, DiscoveryConfig, TrainConfig
 from .denoiser import DenoiserLike
-from .phrases import forms
-from .prompts import PLAIN_TEMPLATE, fill, target_phrases
+from .phrases import forms, mentions
+from .prompts import MINORS, PLAIN_TEMPLATE, fill, target_phrases
 from .trajectories import Tick
 
 log = logging.getLogger("unhype")
@@ -120,7 +120,7 @@ def describe(found: Sequence[Discovered], concepts: Sequence[ConceptConfig]) -> 
 
 
 def _vocabulary(config: TrainConfig, denoiser: DenoiserLike) -> list[str]:
-    """The most frequent words that the config does not name itself."""
+    """The most frequent words that the config does not name itself; none for minors, of whom nothing is drawn to learn from."""
     settings: DiscoveryConfig = config.discovery
     if not settings.words or not isinstance(denoiser, Speaking):
         return []
@@ -129,7 +129,9 @@ def _vocabulary(config: TrainConfig, denoiser: DenoiserLike) -> list[str]:
         for phrase in (*target_phrases(config.concepts), *config.retain, *settings.exclude)
         for form in forms(phrase)
     }
-    words = (word for word in denoiser.words() if not forms(word) & named)
+    words = (
+        word for word in denoiser.words() if not forms(word) & named and not mentions(word, MINORS)
+    )
     return list(islice(words, settings.words))
 
 

@@ -649,10 +649,12 @@ def _describe(
     }
     own = {key: value for key, value in old.training.items() if key not in shared}
     settings = {"atoms": growth.atoms, "keep_weight": growth.keep_weight}
+    found = old.metrics.get("discovered")
     extends = {
         "pack": pack.name,
         "training": own,
         "training_digest": old.training_digest,
+        **({"discovered": found} if found else {}),
         **settings,
     }
     described = json.dumps([config.digest(), old.training_digest, settings])

@@ -398,10 +398,11 @@ def _discovery(
         return 0.0
     step, prediction, _, pool = rolled_out()
     step, prediction = step / len(pool.prompt), prediction / len(pool.prompt)
-    asked = min(settings.candidates, settings.words) + 2  # the concept and its anchor, too
+    words = min(settings.words, len(denoiser.words()))
+    asked = min(settings.candidates, words) + 2  # the concept and its anchor, too
     steps, predictions = PICTURES * STOPS[-1], PICTURES * len(STOPS) * asked
     each = step * steps + prediction * predictions
-    return prompt * settings.words + len(config.concepts) * each
+    return prompt * words + len(config.concepts) * each
 
 
 def _sample_steps(config: TrainConfig) -> int:

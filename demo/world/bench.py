@@ -233,7 +233,7 @@ def make_config(roles: Roles, seed: int) -> TrainConfig:
         seed=seed,
         discovery=DiscoveryConfig(exclude=tuple(unlooked(unseen))),
         network=NetworkConfig(rank=16 if num <= 4 else 32),
-        gate=GateConfig(num_positives=max(300, 24 * num), num_negatives=min(2000, 900 + 20 * num)),
+        gate=GateConfig(num_positives=max(1200, 96 * num), num_negatives=4000 + 40 * num),
         trajectories=TrajectoryConfig(size=64, rollouts=round(40 * num**0.42)),
         train=OptimizerConfig(steps=round(150 * num**0.4)),
     )

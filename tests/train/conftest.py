@@ -19,6 +19,18 @@ from unhype.host.denoise import TextBatch
 from unhype.lora import LoRAFactors, TargetModule
 
 FAMILY = next(iter(FAMILIES.values()))
+GATE: dict[str, object] = {
+    "steps": 60,
+    "num_positives": 60,
+    "num_negatives": 120,
+    "scatter_share": 0.0,
+    "noise": 1.0,
+    "adversarial": 0.0,
+    "tokens": False,
+    "false_fire_rate": 0.01,
+    "threshold_position": 0.5,
+}
+"""A strict one of prompts' ends, for few prompts."""
 
 
 class CrossAttention(nn.Module):
@@ -179,7 +191,7 @@ def small_data(folder: Path) -> dict[str, object]:
             "the corner of a room",
         ],
         "network": {"rank": 4, "hidden_dim": 16},
-        "gate": {"steps": 60, "num_positives": 60, "num_negatives": 120},
+        "gate": GATE,
         "trajectories": {"rollouts": 6, "states": 2, "steps": 4, "size": 32, "batch_size": 3},
         "train": {"steps": 12, "batch_size": 4, "save_every": 5, "warmup": 2},
     }

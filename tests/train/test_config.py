@@ -181,3 +181,20 @@ def test_a_file_that_is_missing_or_no_yaml(tmp_path: Path) -> None:
 def test_the_digest_is_of_everything_but_the_output(make: Callable[..., TrainConfig]) -> None:
     assert make().digest() == make("output=elsewhere.safetensors").digest()
     assert make().digest() != make("train.lr=1e-5").digest()
+
+
+def test_many_concepts_in_closed_form_get_a_lenient_gate(data: Data) -> None:
+    def position(count: int, **gate: object) -> float:
+        concepts = [{"name": f"thing{n}", "target": [f"thing{n}"]} for n in range(count)]
+        concepts = [{**concept, "anchor": "an empty meadow"} for concept in concepts]
+        own = {**data, "concepts": concepts, "gate": gate, "objective": {"name": "closed-form"}}
+        own.pop("network")
+        return make_config(own).gate.threshold_position
+
+    assert [position(count) for count in (1, 4, 5)] == [0.25, 0.25, 0]
+    assert position(5, threshold_position=0.4) == 0.4
+
+
+def test_concepts_of_a_wrong_type_in_closed_form(data: Data) -> None:
+    told = refused({**data, "concepts": 7, "objective": {"name": "closed-form"}})
+    assert "concepts" in told

@@ -23,7 +23,7 @@ class SpeakingDenoiser(TinyDenoiser):
     """Draws a feline as a cat; a lynx is near a cat in text, but drawn as a bus."""
 
     def words(self) -> list[str]:
-        return ["river", ALIAS, "stone", LOOK_ALIKE, "cat", "kitties", "dog", "window"]
+        return ["river", ALIAS, "stone", LOOK_ALIKE, "cat", "kitties", "dog", "window", "child"]
 
     def embed(self, texts: Sequence[str]) -> TextBatch:
         drawn = [text.replace(ALIAS, "cat").replace(LOOK_ALIKE, "bus") for text in texts]
@@ -62,6 +62,15 @@ def test_named_and_excluded_words_are_not_looked_at(
     config = make("discovery.words=100", "discovery.candidates=8", f"discovery.exclude=[{ALIAS}]")
     same, different = words(discover(config, speaking, silent))
     assert not {ALIAS, "cat", "kitties", "dog"} & {*same, *different}
+
+
+def test_words_for_minors_are_not_looked_at(
+    make: Callable[..., TrainConfig], speaking: SpeakingDenoiser
+) -> None:
+    config = make("discovery.words=100", "discovery.candidates=9", "discovery.different=1e-9")
+    same, different = words(discover(config, speaking, silent))
+    assert "river" in different
+    assert "child" not in {*same, *different}
 
 
 def test_off_by_default(make: Callable[..., TrainConfig], speaking: SpeakingDenoiser) -> None:

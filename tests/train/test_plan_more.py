@@ -79,7 +79,7 @@ class SlowSpeaker(SlowDenoiser):
     """Has words, too."""
 
     def words(self) -> list[str]:
-        return []
+        return [f"word{number}" for number in range(200)]
 
 
 def test_the_time_to_ask_for_other_words(make: Make) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,14 @@ def test_seen_goes_back_through_extensions() -> None:
     assert {"oak", "elm", "a field", "dog", "kitty"} <= set(seen.phrases)
     assert seen.word("wolf") == "wolves"
     assert seen.word("ash") is None
+
+
+def test_what_discovery_took_in_was_seen() -> None:
+    def found(word: str) -> dict[str, object]:
+        return {"discovered": {"cat": {"same": [word], "different": [f"{word}like"]}}}
+
+    extends = {"pack": "old", "training": TRAINING, **found("tom")}
+    metrics = {"removal": {"metrics": found("moggy")}, **found("puss")}
+    info = make_info(training={**TRAINING, "extends": extends})
+    seen = Seen.by(replace(info, metrics=metrics))
+    assert {"puss", "pusslike", "tom", "tomlike", "moggy", "moggylike"} <= set(seen.phrases)

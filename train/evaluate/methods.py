@@ -18,6 +18,7 @@ from unhype.lora import LoRAFactors
 
 from ..config import (
     DiscoveryConfig,
+    GateConfig,
     NetworkConfig,
     ObjectiveConfig,
     ObjectiveName,
@@ -39,7 +40,10 @@ JOINT_RANK, JOINT_HIDDEN = 1, 100
 """The authors' sizes for objects; for several concepts they use 6 and 512."""
 JOINT_MANY_RANK, JOINT_MANY_HIDDEN = 6, 512
 
-DISCOVERED_AMONG = 10_000
+EVERY_WORD = 50_000
+"""More than a text encoder knows."""
+UNREAD_GATE = GateConfig(steps=1, num_positives=300, num_negatives=2000, tokens=False)
+"""Of a pack whose gate is not asked: as good as no time."""
 ADVERSARIAL = 12.0
 """Radius in standardized embedding space, whose vectors are about 28 long; by default of closed form half of it."""
 
@@ -178,7 +182,11 @@ def joint(shop: Workshop) -> Trained:
         hidden_dim=JOINT_MANY_HIDDEN if many else JOINT_HIDDEN,
     )
     config = shop.config.model_copy(
-        update={"network": network, "objective": ObjectiveConfig(name=ObjectiveName.JOINT)}
+        update={
+            "network": network,
+            "objective": ObjectiveConfig(name=ObjectiveName.JOINT),
+            "gate": UNREAD_GATE,
+        }
     )
     pack, seconds = shop.pack("joint", config)
     size = sum(p.numel() for p in pack.hypernetwork.state_dict().values()) * HALF
@@ -187,7 +195,7 @@ def joint(shop: Workshop) -> Trained:
 
 def ours(shop: Workshop) -> Trained:
     """Edits in closed form, behind a gate."""
-    return _ours(shop, "ours", task_in_closed_form(shop.config))
+    return _ours(shop, "ours", in_closed_form(shop.config))
 
 
 def ours_direct(shop: Workshop) -> Trained:
@@ -195,23 +203,16 @@ def ours_direct(shop: Workshop) -> Trained:
     return _ours(shop, "direct", shop.config)
 
 
-def task_in_closed_form(config: TrainConfig) -> TrainConfig:
-    """The same task in closed form, with more prompts for more concepts."""
-    num, config = len(config.concepts), in_closed_form(config)
-    prompts = {"num_positives": max(1200, 96 * num), "num_negatives": 4000 + 40 * num}
-    return config.model_copy(update={"gate": config.gate.model_copy(update=prompts)})
-
-
 def ours_discovery(shop: Workshop) -> Trained:
     """The same, and the model is asked for further words; none is withheld from it, asked questions' words included."""
-    discovery = DiscoveryConfig(words=DISCOVERED_AMONG)
-    config = task_in_closed_form(shop.config)
+    discovery = DiscoveryConfig(words=EVERY_WORD)
+    config = in_closed_form(shop.config)
     return _ours(shop, "discovery", config.model_copy(update={"discovery": discovery}))
 
 
 def ours_adversarial(shop: Workshop) -> Trained:
     """The same, with a gate trained on embeddings moved twice as far against it."""
-    config = task_in_closed_form(shop.config)
+    config = in_closed_form(shop.config)
     gate = config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
 

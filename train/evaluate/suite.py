@@ -56,7 +56,7 @@ class Seen:
     """What the training of a pack read, as the pack says; nothing but its targets if ``recorded`` is false.
 
     Attributes:
-        phrases: targets, anchors and retain phrases.
+        phrases: targets, anchors, retain phrases, and words that discovery took in.
         captions: whole texts that it kept.
         templates: with slots for phrases.
     """
@@ -70,15 +70,20 @@ class Seen:
     def by(info: PackInfo) -> Seen:
         """What a pack's training saw, all runs of an extended pack together."""
         runs: list[Mapping[str, Any]] = []
+        found = list(_discovered(info.metrics))
         run: Mapping[str, Any] | None = info.training
         while run:
             runs.append(run)
-            run = (run.get("extends") or {}).get("training")
+            extends = run.get("extends") or {}
+            found += _discovered(extends)
+            run = extends.get("training")
         phrases = [phrase for c in info.concepts for phrase in (*c.target, c.anchor)]
         for run in runs:
             phrases += run.get("retain") or ()
             for concept in run.get("concepts") or ():
                 phrases += [*concept["target"], concept["anchor"]]
+        for words in found:
+            phrases += [*(words.get("same") or ()), *(words.get("different") or ())]
 
         def every(key: str) -> tuple[str, ...]:
             return tuple(dict.fromkeys(line for run in runs for line in run.get(key) or ()))
@@ -99,6 +104,14 @@ class Seen:
         """The caption, phrase or template of the training that is this text, if one is."""
         spoken = (*self.captions, *self.phrases, *self.templates)
         return next((other for other in spoken if normal(other) == normal(text)), None)
+
+
+def _discovered(metrics: Mapping[str, Any]) -> Iterator[Mapping[str, Sequence[str]]]:
+    """Words that discovery took in for each concept, of a pack from which concepts were taken out, too."""
+    yield from (metrics.get("discovered") or {}).values()
+    removal = metrics.get("removal") or {}
+    if before := removal.get("metrics"):
+        yield from _discovered(before)
 
 
 @dataclass(frozen=True)
