@@ -55,6 +55,7 @@ OURS, DIRECT = "ours", "ours direct"
 DEFAULT_PARTS = ("race", "cost")
 PARTS = (*DEFAULT_PARTS, "step")
 STEP_SIZE, WARMUP = 512, 5
+HASTY_GATE = {"steps": 200, "num_positives": 300, "num_negatives": 900}
 POOL = 16
 """States that the steps of ``step`` draw from."""
 
@@ -163,7 +164,10 @@ def race(
     goal = Goal(MOST_ERASED_LEFT, start.acc_s - MOST_KEPT_LOST)
     console.print(f"race: {task.config.concepts[0].name}, at first {_percent(start)}")
     config, solved = (_shorten(c, quick) for c in (task.config, in_closed_form(task.config)))
-    ours = [_run_ours(exam, solved, solved.train.steps, console)]
+    ours = [
+        _run_ours(exam, way, steps, console)
+        for way, steps in ((hasty(solved), 0), (solved, solved.train.steps))
+    ]
     direct = [_run_ours(exam, config, steps, console) for steps in plan.lengths]
     authors = run_authors(exam, task, goal, plan, console)
     by_direct = compare(direct, authors, goal, plan.limit)
@@ -238,9 +242,18 @@ def compare(
     }
 
 
+def hasty(config: TrainConfig) -> TrainConfig:
+    """The least that erases: edits as they are solved for, behind a gate of few prompts and steps."""
+    update = {
+        "objective": config.objective.model_copy(update={"refine": False}),
+        "gate": config.gate.model_copy(update=HASTY_GATE),
+    }
+    return config.model_copy(update=update)
+
+
 def _run_ours(exam: Exam, config: TrainConfig, steps: int, console: Console) -> Checkpoint:
-    """A run of so many steps with all that belongs to it, and its exam."""
-    settings = config.train.model_copy(update={"steps": steps})
+    """A run of so many steps, 0 of them if it does not train, with all that belongs to it, and its exam."""
+    settings = config.train.model_copy(update={"steps": steps} if steps else {})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "pack.safetensors"
         seconds, _ = _train(config.model_copy(update={"train": settings}), exam.model, path)

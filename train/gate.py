@@ -147,7 +147,9 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
             )
         )
     sides = material.positives, material.negatives
-    gate.standardize.fit(torch.cat([side[heard(side)] for side in sides]).float())
+    spoken = [heard(side) for side in sides]
+    every = [side[said] for side, said in zip(sides, spoken, strict=True)]
+    gate.standardize.fit(torch.cat(every).float())
     optimizer = torch.optim.AdamW(
         gate.layers.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
@@ -157,7 +159,9 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
         chosen = torch.randint(len(sides[0]), (half,), generator=generator)
         other = torch.randint(len(sides[1]), (settings.batch_size - half,), generator=generator)
         own = material.concepts[chosen]
-        x = _Vectors.of(sides[0][chosen], sides[1][other]).seen_by(gate)
+        x = _Vectors.of(
+            (sides[0][chosen], spoken[0][chosen]), (sides[1][other], spoken[1][other])
+        ).seen_by(gate)
         if settings.virtual_negatives:
             x = x.with_virtual(half, positives, settings.virtual_negatives, generator)
         x = x.moved(settings.noise * torch.randn(x.vectors.shape, generator=generator))
@@ -184,10 +188,10 @@ class _Vectors:
     prompts: int
 
     @staticmethod
-    def of(*sides: Tensor) -> _Vectors:
-        """Of prompts (prompts, dim) or (prompts, tokens, dim), one side after the other."""
-        vectors = [side[heard(side)] for side in sides]
-        counts = torch.cat([heard(side).view(len(side), -1).sum(1) for side in sides])
+    def of(*sides: tuple[Tensor, Tensor]) -> _Vectors:
+        """Of prompts (prompts, dim) or (prompts, tokens, dim) and which of their vectors say anything, one side after the other."""
+        vectors = [side[said] for side, said in sides]
+        counts = torch.cat([said.view(len(said), -1).sum(1) for _, said in sides])
         owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
         return _Vectors(torch.cat(vectors).float(), owners, len(counts))
 

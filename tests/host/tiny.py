@@ -14,7 +14,7 @@ from unhype.checkpoint import BaseFingerprint, ConceptInfo, Pack, PackInfo
 from unhype.families import FamilySpec, family_of_host_class
 from unhype.gate import Gate, GateConfig
 from unhype.host.bypass import find_targets
-from unhype.host.tap import VECTORS
+from unhype.host.tap import TOKENS, VECTORS
 from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -229,7 +229,7 @@ class Tiny:
         width = {**TINY, **IN_FILES}[self.host_class].get("context_dim", 4096)
         extras = {"pooled_output": draw(1, spec.pooled_width or 1280)}
         if spec.pooled_width is None:
-            extras[VECTORS] = draw(1, spec.dim)
+            extras[VECTORS] = extras[TOKENS] = draw(1, spec.dim)
         return [[draw(1, tokens, width), extras]]
 
     def latent(self, batch: int = 1) -> Tensor:
