@@ -207,6 +207,7 @@ def extend(
             config, _with_others(material, kept, config), ticker(report, "training the gate")
         )
         gate = join_gates(pack.gate, part)
+        setting = replace(setting, gate=part)
         asking, kept = material.read_by(part), surest(pack.gate, kept)
         old = pack.hypernetwork.to(denoiser.device)
         if isinstance(old, EditsHypernetwork):

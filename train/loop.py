@@ -18,6 +18,7 @@ from accelerate.utils import reduce
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from unhype.gate import Gate
 from unhype.hypernetwork import Hypernetwork
 
 from . import state
@@ -58,6 +59,7 @@ class Step:
     Attributes:
         rates: learning rate of each optimizer.
         hypernetwork: as the run would end now.
+        gate: that it will stand behind.
     """
 
     number: int
@@ -66,6 +68,7 @@ class Step:
     rates: Mapping[str, float]
     seconds: float
     hypernetwork: Hypernetwork
+    gate: Gate | None = None
 
     def is_due(self, every: int) -> bool:
         """Whether something is to be done now that is done every so many steps, and at the last."""
@@ -91,6 +94,7 @@ class Setting:
         processes: this process among those that share the work.
         stop: set when the run is asked to stop.
         recorders: told of every training step, before its state is saved.
+        gate: of the pack that will be, once it is trained.
     """
 
     key: str
@@ -98,6 +102,7 @@ class Setting:
     report: Report
     stop: threading.Event
     recorders: Sequence[Recorder] = ()
+    gate: Gate | None = None
 
 
 def run_loop(
@@ -169,7 +174,9 @@ def run_loop(
             seconds = time.perf_counter() - began
             current = hypernetwork if averaged is None else cast(Hypernetwork, averaged.module)
             for recorder in setting.recorders:
-                recorder.record(Step(done, settings.steps, values, rates, seconds, current))
+                recorder.record(
+                    Step(done, settings.steps, values, rates, seconds, current, setting.gate)
+                )
         setting.report(Event(STAGE, done, settings.steps, values))
         stopped = _anyone(setting.stop.is_set(), processes) and done < settings.steps
         if processes.is_main_process and (

@@ -135,6 +135,7 @@ def train(
         given, config = config, widen(config, discovered)
         material = gather(config, embedder(denoiser, report, tokens=config.gate.tokens))
         gate, calibration = train_gate(config, material, ticker(report, "training the gate"))
+        setting = replace(setting, gate=gate)
         material = material.read_by(gate)
         hypernetwork = new_hypernetwork(config, denoiser, material)
         if isinstance(hypernetwork, EditsHypernetwork):

@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 from torch import Tensor
 
+from unhype.gate import Gate
+from unhype.host.text import TextBatch
 from unhype.hypernetwork import Hypernetwork
 
 from . import state
 from .config import ConfigError, TrainConfig
 from .denoiser import DenoiserLike
 from .evaluate.evaluators import to_bytes
+from .gate import surest
 from .loop import Step
 from .memory import Share
 
@@ -35,7 +38,9 @@ def samples_path(output: Path, step: int) -> Path:
 
 
 class Samples:
-    """Draws the same pictures every now and then, with the LoRA that the network then writes at s = S, gate aside.
+    """Draws the same pictures every now and then, with the LoRA that the network then writes at s = S, whether or not the gate fires.
+
+    A gate that reads every token says which one the network is asked with, as it will of the pack.
 
     Raises:
         ConfigError: the model does not draw.
@@ -62,14 +67,14 @@ class Samples:
             return
         prompts = self._config.samples.prompts
         if self._plain is None:
-            self._plain = self._draw(None)
-        grid = _grid(prompts, (self._plain, self._draw(step.hypernetwork)))
+            self._plain = self._draw(None, None)
+        grid = _grid(prompts, (self._plain, self._draw(step.hypernetwork, step.gate)))
         path = samples_path(self._config.output, step.number)
         with state.written_whole(path) as part:
             grid.save(part, format="PNG")
 
     @torch.no_grad()
-    def _draw(self, hypernetwork: Hypernetwork | None) -> Tensor:
+    def _draw(self, hypernetwork: Hypernetwork | None, gate: Gate | None) -> Tensor:
         """A picture of each prompt, (prompts, 3, height, width) on the CPU."""
         model, settings, states = self._model, self._config.samples, self._config.trajectories
         prompts = settings.prompts
@@ -79,7 +84,7 @@ class Samples:
             text = model.embed(prompts[len(pictures) : len(pictures) + size])
             latents = model.sample(
                 text,
-                None if hypernetwork is None else hypernetwork.generate(text.pooled),
+                None if hypernetwork is None else hypernetwork.generate(_asked_with(text, gate)),
                 steps=settings.steps,
                 guidance_scale=states.guidance_scale,
                 noise=model.noise([settings.seed] * len(text), states.size),
@@ -93,6 +98,13 @@ class Samples:
 
 def _draws(denoiser: DenoiserLike) -> TypeGuard[PictureModel]:
     return all(callable(getattr(denoiser, name, None)) for name in DRAWS)
+
+
+def _asked_with(text: TextBatch, gate: Gate | None) -> Tensor:
+    """The vector of each prompt that the hypernetwork reads, (prompts, dim)."""
+    if gate is None or not gate.config.tokens:
+        return text.pooled
+    return surest(gate, text.read.cpu()).to(text.pooled.device)
 
 
 def _grid(prompts: tuple[str, ...], columns: tuple[Tensor, ...]) -> Image.Image:

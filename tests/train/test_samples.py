@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from train import state
 from train.config import ConfigError, TrainConfig
+from train.gate import gather, train_gate
 from train.run import train
-from train.samples import GAP, LINE, samples_path
+from train.samples import GAP, LINE, _asked_with, samples_path
 from unhype.host.euler import draw_noise, euler
 from unhype.host.text import TextBatch
 from unhype.lora import LoRAFactors
@@ -147,3 +149,21 @@ def test_a_model_that_does_not_draw_is_refused_before_the_work(
             progress=lambda event: stages.append(event.stage),
         )
     assert set(stages) == {"loading the model"}
+
+
+def test_the_network_is_asked_with_the_token_that_the_gate_hears_best(
+    make: Make, denoiser: TinyDenoiser
+) -> None:
+    config = make("gate.tokens=true", "gate.steps=200")
+    material = gather(config, denoiser.embed_tokens)
+    gate, _ = train_gate(config, material, lambda *_: None)
+    texts = [
+        "a cat",
+        "a cat beside the violin under seven lamps on the wide beach with pink chairs",
+    ]
+    text = replace(denoiser.embed(texts), heard=denoiser.embed_tokens(texts))
+    asked = _asked_with(text, gate)
+    assert asked.shape == text.pooled.shape
+    assert (gate(asked) >= gate(text.pooled)).all()
+    assert not torch.allclose(asked[1], text.pooled[1])
+    assert _asked_with(text, None) is text.pooled
