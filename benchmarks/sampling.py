@@ -263,7 +263,7 @@ def _run_rounds(
 def _compare(runs: dict[str, list[Run]], steps: int) -> dict[str, Any]:
     """Steps, set-up and ratios of every variant: medians over its runs.
 
-    What disturbs a machine only ever slows it down, so the fastest runs compare more steadily than the middle ones.
+    What disturbs a machine only ever slows it down, so the fastest runs are compared, too.
     """
     base, changed = runs[plain.__name__], runs.get(active.__name__)
     results = {}
