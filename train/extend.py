@@ -325,7 +325,7 @@ def remove(path: Path, names: Sequence[str], output: Path) -> PackInfo:
         gate=gate.config,
         concepts=tuple(info.concepts[index] for index in stay),
         calibration=None,
-        metrics={"removal": removal},
+        metrics={"removal": removal, **_discovered(info)},
         version=metadata.version("unhype"),
     )
     hypernetwork = pack.hypernetwork
@@ -334,6 +334,12 @@ def remove(path: Path, names: Sequence[str], output: Path) -> PackInfo:
         written = replace(written, hypernetwork=hypernetwork.config)
     checkpoint.save(output, written, hypernetwork, gate)
     return written
+
+
+def _discovered(info: PackInfo) -> dict[str, object]:
+    """What discovery took in, which every later pack must still say: it is seen, not unseen."""
+    found = info.metrics.get("discovered")
+    return {"discovered": found} if found else {}
 
 
 def fitting(pack: Pack, config: TrainConfig) -> TrainConfig:
@@ -650,12 +656,11 @@ def _describe(
     }
     own = {key: value for key, value in old.training.items() if key not in shared}
     settings = {"atoms": growth.atoms, "keep_weight": growth.keep_weight}
-    found = old.metrics.get("discovered")
     extends = {
         "pack": pack.name,
         "training": own,
         "training_digest": old.training_digest,
-        **({"discovered": found} if found else {}),
+        **_discovered(old),
         **settings,
     }
     described = json.dumps([config.digest(), old.training_digest, settings])

@@ -17,6 +17,7 @@ from train import extend as extending
 from train import state
 from train.cli import app
 from train.config import ConfigError, TrainConfig, make_config
+from train.evaluate.suite import Seen
 from train.extend import Growth, MovedError, difference, extend, fitting, grow, join_gates, remove
 from train.loop import STAGE
 from train.run import Event, TrainingInterrupted, train
@@ -327,6 +328,22 @@ def test_removing_a_concept_leaves_the_others_bit_for_bit(
         after.read(prompts).probability, before.read(prompts).probability[:, 1:]
     )
     assert after.read(prompts).open.tolist() == [True, False, False]
+
+
+def test_a_pack_with_less_still_says_what_discovery_took_in(
+    extended: Path, make_new: Make, tmp_path: Path, denoiser: TinyDenoiser
+) -> None:
+    pack, found = checkpoint.load(extended), {"boat": {"same": ["skiff"], "different": ["raft"]}}
+    whole, less = tmp_path / "whole.safetensors", tmp_path / "less.safetensors"
+    info = replace(pack.info, metrics={"discovered": found})
+    checkpoint.save(whole, info, pack.hypernetwork, pack.gate)
+    remove(whole, ["cat"], less)
+    assert checkpoint.read_info(less).metrics["discovered"] == found
+    config = make_new("network={}", "retain=[dog, bus]")
+    concept = config.concepts[0].model_copy(update={"name": "tram", "target": ("tram",)})
+    config = config.model_copy(update={"concepts": (concept,)})
+    extend(less, config, denoiser=denoiser, growth=Growth(force=True))
+    assert {"skiff", "raft"} <= set(Seen.by(checkpoint.read_info(config.output)).phrases)
 
 
 def test_removing_nothing_known_or_everything_is_refused(extended: Path, tmp_path: Path) -> None:
