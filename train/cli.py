@@ -36,7 +36,7 @@ from train import calibrate as calibration
 from train import export as exporting
 from train import extend as extending
 from train.config import ConfigError, TrainConfig, load_config
-from train.denoiser import DenoiserLike, check_family, reader
+from train.denoiser import DenoiserLike, check_family, files_of, reader
 from train.evaluate.base import Evaluator, PictureModel, World
 from train.evaluate.evaluators import EvaluatorError, find_evaluator
 from train.evaluate.suite import Assignment, ask_world, load_suite
@@ -49,7 +49,7 @@ from train.run import train as run
 from train.shorthand import Shorthand, write_settings
 from unhype import checkpoint
 from unhype.checkpoint import CheckpointError, PackInfo
-from unhype.host.denoise import CheckpointRefusedError, Denoiser
+from unhype.host.denoise import CheckpointRefusedError, Denoiser, ModelFiles
 from unhype.host.generate import describe
 from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError, has_accelerator
 from unhype.lora import Spelling
@@ -93,6 +93,18 @@ ComfyUIPath = Annotated[
 ]
 CheckpointOption = Annotated[
     Path | None, typer.Option("--checkpoint", metavar="FILE", help="The model file ComfyUI loads.")
+]
+TextEncoderOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--text-encoder",
+        metavar="FILE",
+        help="A text encoder in a file of its own, if --checkpoint holds none; repeatable.",
+    ),
+]
+VAEOption = Annotated[
+    Path | None,
+    typer.Option("--vae", metavar="FILE", help="The VAE, if --checkpoint holds none."),
 ]
 EraseOption = Annotated[
     list[str] | None,
@@ -139,6 +151,7 @@ LONGEST_WAIT = timedelta(days=30)
 def train(
     config: MaybeConfigPath = None,
     model: CheckpointOption = None,
+    text_encoder: TextEncoderOption = None,
     erase: EraseOption = None,
     anchor: AnchorOption = None,
     retain: RetainOption = None,
@@ -155,7 +168,14 @@ def train(
     On several devices: accelerate launch -m train.cli train CONFIG
     """
     with _errors_as_sentences():
-        words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
+        words = Shorthand(
+            model,
+            tuple(erase or ()),
+            tuple(anchor or ()),
+            retain,
+            output,
+            tuple(text_encoder or ()),
+        )
         settings = _settings(config, words, overrides)
         is_main = PartialState(cpu=not has_accelerator()).is_main_process
         if is_main:
@@ -177,6 +197,7 @@ def train(
 def plan(
     config: MaybeConfigPath = None,
     model: CheckpointOption = None,
+    text_encoder: TextEncoderOption = None,
     erase: EraseOption = None,
     anchor: AnchorOption = None,
     retain: RetainOption = None,
@@ -190,11 +211,18 @@ def plan(
     Takes what `train` takes.
     """
     with _errors_as_sentences():
-        words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
+        words = Shorthand(
+            model,
+            tuple(erase or ()),
+            tuple(anchor or ()),
+            retain,
+            output,
+            tuple(text_encoder or ()),
+        )
         settings = _settings(config, words, overrides)
         with _progress(Console(stderr=True)) as report:
             begin = time.monotonic()
-            denoiser = _load_model(settings.checkpoint, comfyui, report)
+            denoiser = _load_model(files_of(settings), comfyui, report)
             seconds = time.monotonic() - begin
             found = estimate(settings, denoiser, load_seconds=seconds, progress=report)
         if as_json:
@@ -220,6 +248,7 @@ def calibrate(
     file: PackPath,
     model: ModelPath,
     captions: Annotated[Path, typer.Option(metavar="FILE", help="Ordinary captions, one a line.")],
+    text_encoder: TextEncoderOption = None,
     budget: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the captions that may fire.")
     ] = 0.001,
@@ -235,7 +264,8 @@ def calibrate(
         lines = calibration.read_captions(captions, pack.info)
         _warn_of_few(len(lines.texts), budget)
         with _progress(Console(stderr=True)) as report:
-            denoiser = _load_model(model, comfyui, report)
+            files = ModelFiles(model, tuple(text_encoder or ()))
+            denoiser = _load_model(files, comfyui, report)
             check_family(pack, denoiser)
             embed = calibration.in_batches(
                 reader(denoiser, pack),
@@ -262,6 +292,7 @@ def export(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="The LoRA file to write.")
     ],
+    text_encoder: TextEncoderOption = None,
     spelling: Annotated[
         Spelling, typer.Option(help="How its tensors are named; ComfyUI reads all three.")
     ] = Spelling.HOST,
@@ -273,12 +304,13 @@ def export(
     """Write the LoRA that a pack makes of one prompt, as an ordinary LoRA file without a gate."""
     with _errors_as_sentences():
         pack = checkpoint.load(file)
-        if output.resolve() in {file.resolve(), model.resolve()}:
+        files = ModelFiles(model, tuple(text_encoder or ()))
+        if output.resolve() in {path.resolve() for path in (file, model, *files.text_encoders)}:
             raise ConfigError(
                 f"--output is {output}, which the LoRA would overwrite. Give another."
             )
         with _progress(Console(stderr=True)) as report:
-            denoiser = _load_model(model, comfyui, report)
+            denoiser = _load_model(files, comfyui, report)
             check_family(pack, denoiser)
             embedding = reader(denoiser, pack)([prompt]).cpu()
         reading = exporting.export(pack, prompt, embedding, output, spelling, force=force)
@@ -290,6 +322,7 @@ def extend(
     file: PackPath,
     config: MaybeConfigPath = None,
     model: CheckpointOption = None,
+    text_encoder: TextEncoderOption = None,
     erase: EraseOption = None,
     anchor: AnchorOption = None,
     retain: RetainOption = None,
@@ -315,18 +348,21 @@ def extend(
     unhype extend PACK CONFIG
     """
     with _errors_as_sentences():
-        pack = checkpoint.load(file)
+        pack, encoders = checkpoint.load(file), tuple(text_encoder or ())
         if config is None:
             if output is None:
                 raise ConfigError("--output is missing: give the pack to write, another than PACK.")
-            words = Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output)
+            words = Shorthand(
+                model, tuple(erase or ()), tuple(anchor or ()), retain, output, encoders
+            )
             settings = _settings(None, words, overrides)
         else:
-            paths = [
-                f"{name}={json.dumps(str(path))}"
-                for name, path in (("checkpoint", model), ("output", output))
-                if path
-            ]
+            given = {
+                "checkpoint": model and str(model),
+                "text_encoders": [str(path) for path in encoders],
+                "output": output and str(output),
+            }
+            paths = [f"{name}={json.dumps(value)}" for name, value in given.items() if value]
             words = Shorthand(None, tuple(erase or ()), tuple(anchor or ()), retain)
             settings = _settings(config, words, [*(overrides or []), *paths])
         settings = extending.fitting(pack, settings)
@@ -368,6 +404,8 @@ def evaluate(
             help="The model file the pack was trained on; for packs of `compare` leave it to the world.",
         ),
     ] = None,
+    text_encoder: TextEncoderOption = None,
+    vae: VAEOption = None,
     suite: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML file of what to ask.")
     ] = None,
@@ -404,6 +442,9 @@ def evaluate(
     from train.evaluate import report as reports
 
     with _errors_as_sentences():
+        if model is None and (text_encoder or vae):
+            raise ConfigError("--text-encoder and --vae go with --checkpoint: give it, too.")
+        files = model and ModelFiles(model, tuple(text_encoder or ()), vae)
         place = None if world is None else find_world(world)
         asked = _what_to_ask(checkpoint.read_info(file), suite, place, seeds)
         processes = PartialState(cpu=not has_accelerator(), timeout=LONGEST_WAIT)
@@ -411,7 +452,7 @@ def evaluate(
         folder = out or file.with_suffix(".eval")
         with _progress(Console(stderr=True, quiet=not is_main)) as report:
             judge = _judge(evaluator, place, asked.labels)
-            drawing = _drawing_model(model, place, comfyui, report)
+            drawing = _drawing_model(files, place, comfyui, report)
             subject = evaluation.Subject(
                 file,
                 checkpoint.load(file, drawing.device),
@@ -500,21 +541,22 @@ def _settings(config: Path | None, words: Shorthand, overrides: list[str] | None
 
 
 def _load(config: Path, overrides: list[str] | None) -> TrainConfig:
-    """A config whose checkpoint is there."""
+    """A config whose model files are there."""
     return _with_checkpoint(load_config(config, overrides or []), f"{config}: ")
 
 
 def _with_checkpoint(settings: TrainConfig, source: str = "") -> TrainConfig:
-    if not settings.checkpoint.is_file():
-        raise ConfigError(
-            f"{source}there is no checkpoint {settings.checkpoint}. Give the file that ComfyUI loads."
-        )
+    try:
+        files_of(settings).check_there()
+    except FileNotFoundError as error:
+        message = str(error)
+        raise ConfigError(source + message[0].lower() + message[1:]) from error
     return settings
 
 
-def _load_model(path: Path, comfyui: Path | None, report: Report) -> DenoiserLike:
+def _load_model(files: ModelFiles, comfyui: Path | None, report: Report) -> DenoiserLike:
     report(Event("loading the model", 0, 1))
-    denoiser = Denoiser.load(path, comfyui)
+    denoiser = Denoiser.load(files, comfyui)
     report(Event("loading the model", 1, 1))
     return denoiser
 
@@ -532,11 +574,11 @@ def _what_to_ask(
 
 
 def _drawing_model(
-    path: Path | None, world: World | None, comfyui: Path | None, report: Report
+    files: ModelFiles | None, world: World | None, comfyui: Path | None, report: Report
 ) -> PictureModel:
     report(Event("loading the model", 0, 1))
-    if path is not None:
-        model: PictureModel = Denoiser.load(path, comfyui, pictures=True)
+    if files is not None:
+        model: PictureModel = Denoiser.load(files, comfyui, pictures=True)
     elif world is not None:
         model = world.model()
     else:

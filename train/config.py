@@ -62,6 +62,10 @@ def _to_path(value: object) -> object:
     return Path(value) if isinstance(value, str) and value.strip() else value
 
 
+def _to_paths(value: object) -> object:
+    return (value,) if isinstance(value, str) else to_tuple(value)
+
+
 def _to_number(value: object) -> object:
     # YAML 1.1 reads 1e-3 as text; it wants 1.0e-3.
     try:
@@ -93,6 +97,7 @@ Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(to_tuple)]
 PhraseLines = Annotated[tuple[Phrase, ...], BeforeValidator(_to_lines)]
 Lines = Annotated[tuple[Line, ...], BeforeValidator(_to_lines)]
 FilePath = Annotated[Path, BeforeValidator(_to_path)]
+FilePaths = Annotated[tuple[FilePath, ...], BeforeValidator(_to_paths)]
 Count = Annotated[int, Field(ge=1)]
 Number = Annotated[float, BeforeValidator(_to_number), Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, BeforeValidator(_to_number), Field(gt=0, allow_inf_nan=False)]
@@ -422,11 +427,19 @@ class SamplesConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """One run. ``retain``, ``retain_captions`` and ``templates`` may name a text file instead of listing."""
+    """One run. ``retain``, ``retain_captions`` and ``templates`` may name a text file instead of listing.
+
+    Attributes:
+        checkpoint: the whole model, or the diffusion model alone.
+        text_encoders: their own files, for models that do not come in one.
+        vae: its own file; needed for ``samples`` only.
+    """
 
     model_config = STRICT
 
     checkpoint: FilePath
+    text_encoders: FilePaths = ()
+    vae: FilePath | None = None
     output: FilePath
     concepts: Annotated[tuple[ConceptConfig, ...], BeforeValidator(to_tuple), Field(min_length=1)]
     retain: PhraseLines
@@ -561,7 +574,7 @@ class TrainConfig(BaseModel):
 
     def digest(self) -> str:
         """A hash of everything that the result depends on."""
-        result = self.model_dump(mode="json", exclude={"output", "log", "samples"})
+        result = self.model_dump(mode="json", exclude={"output", "vae", "log", "samples"})
         text = json.dumps(result, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 

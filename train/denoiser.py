@@ -12,10 +12,10 @@ from torch import Tensor
 
 from unhype.checkpoint import BaseFingerprint, Pack
 from unhype.families import FamilySpec
-from unhype.host.denoise import TextBatch
+from unhype.host.denoise import ModelFiles, TextBatch
 from unhype.lora import LoRAFactors, TargetModule
 
-from .config import ConfigError
+from .config import ConfigError, TrainConfig
 
 log = logging.getLogger("unhype")
 
@@ -71,6 +71,11 @@ class DenoiserLike(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """States (kept, batch, channels, height, width) before the steps named, and their sigmas (kept,)."""
         ...
+
+
+def files_of(config: TrainConfig) -> ModelFiles:
+    """Where the config says that the model is."""
+    return ModelFiles(config.checkpoint, config.text_encoders, config.vae)
 
 
 def check_family(pack: Pack, denoiser: DenoiserLike) -> None:

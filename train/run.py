@@ -38,7 +38,7 @@ from . import state
 from .calibrate import in_batches
 from .closed_form import edit_in_closed_form
 from .config import ConfigError, ObjectiveName, TrainConfig, TrajectoryConfig
-from .denoiser import DenoiserLike, check_gradient
+from .denoiser import DenoiserLike, check_gradient, files_of
 from .discovery import describe as describe_words
 from .discovery import discover, widen
 from .gate import GateMaterial, gather, surest, train_gate
@@ -115,7 +115,7 @@ def train(
     Args:
         progress: told of every step of every stage.
         comfyui: where ComfyUI is, if it is not to be looked for.
-        denoiser: the frozen model, if it is not to be loaded from ``config.checkpoint``.
+        denoiser: the frozen model, if it is not to be loaded from the config's files.
 
     Raises:
         TrainingInterrupted: SIGINT or SIGTERM came.
@@ -282,7 +282,7 @@ def started(
 
         report(Event("loading the model", 0, 1))
         pictures = bool(config.samples.prompts)
-        denoiser = denoiser or Denoiser.load(config.checkpoint, comfyui, pictures=pictures)
+        denoiser = denoiser or Denoiser.load(files_of(config), comfyui, pictures=pictures)
         report(Event("loading the model", 1, 1))
         yield Started(denoiser, processes, report, stop)
 

@@ -27,6 +27,7 @@ class Shorthand:
     """What can be said of a run without a config file.
 
     Attributes:
+        text_encoder: files of their own, if the checkpoint holds none.
         erase: for each concept its phrases with commas between; the first one names it.
         anchor: what is drawn instead, for each concept or for all.
         retain: a text file, one phrase a line, or phrases with commas between; ordinary things by default.
@@ -38,11 +39,16 @@ class Shorthand:
     anchor: tuple[str, ...] = ()
     retain: str | None = None
     output: Path | None = None
+    text_encoder: tuple[Path, ...] = ()
 
     @property
     def options(self) -> list[str]:
         """The options that were given."""
-        return [f"--{field.name}" for field in fields(self) if getattr(self, field.name)]
+        return [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(self)
+            if getattr(self, field.name)
+        ]
 
     def config(self, overrides: Sequence[str] = ()) -> TrainConfig:
         """The config; see :func:`load_config` for ``overrides``.
@@ -63,6 +69,7 @@ class Shorthand:
         names = [phrases[0] for phrases in concepts]
         data = {
             "checkpoint": str(self.checkpoint),
+            "text_encoders": [str(path) for path in self.text_encoder],
             "output": str(self.output or f"unhype-{_file_name(names)}.safetensors"),
             "concepts": [
                 {"name": name, "target": phrases, "anchor": anchor}

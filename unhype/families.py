@@ -76,6 +76,9 @@ class FamilySpec:
     Attributes:
         title: what people call it.
         host_classes: names of the host's model configuration classes.
+        text_encoders: those that the model was made for, as the host names them.
+        optional_encoders: those of them without which the host can use it, too.
+        clip_type: how the host is told which model text encoders of their own files are for.
         branch: which conditionings carry the LoRA.
         per_chunk: whether the target modules see the text's states alone, so that each 77 tokens can have their own LoRA.
     """
@@ -86,6 +89,9 @@ class FamilySpec:
     prediction: Prediction
     embedding: EmbeddingSpec
     targets: tuple[TargetPattern, ...]
+    text_encoders: tuple[str, ...]
+    optional_encoders: tuple[str, ...]
+    clip_type: str
     branch: Branch
     per_chunk: bool
 
@@ -108,6 +114,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
             prediction=Prediction.EPSILON,
             embedding=_clip_l(768),
             targets=CROSS_ATTENTION,
+            text_encoders=("clip_l",),
+            optional_encoders=(),
+            clip_type="STABLE_DIFFUSION",
             branch=Branch.POSITIVE,
             per_chunk=True,
         ),
@@ -118,6 +127,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
             prediction=Prediction.EPSILON,
             embedding=_clip_l(None),  # the host pools CLIP-G alone
             targets=CROSS_ATTENTION,
+            text_encoders=("clip_l", "clip_g"),
+            optional_encoders=(),
+            clip_type="STABLE_DIFFUSION",
             branch=Branch.POSITIVE,
             per_chunk=True,
         ),
@@ -131,6 +143,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 TargetPattern(r"joint_blocks\.\d+\.context_block\.attn\.qkv", RowSlice(part, 3))
                 for part in (1, 2)
             ),
+            text_encoders=("clip_l", "clip_g", "t5xxl"),
+            optional_encoders=("clip_g", "t5xxl"),
+            clip_type="SD3",
             branch=Branch.POSITIVE,
             per_chunk=False,
         ),
@@ -146,6 +161,9 @@ FAMILIES: Mapping[str, FamilySpec] = {
                 TargetPattern(r"double_blocks\.\d+\.img_attn\.proj"),
                 TargetPattern(r"single_blocks\.\d+\.linear1", RowSlice(2, 7)),
             ),
+            text_encoders=("clip_l", "t5xxl"),
+            optional_encoders=(),
+            clip_type="FLUX",
             branch=Branch.ALL,
             per_chunk=False,
         ),

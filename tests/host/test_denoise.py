@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unhype.embedding import heard, last_heard
-from unhype.host.denoise import CheckpointRefusedError, Denoiser, TextBatch
+from unhype.host.denoise import CheckpointRefusedError, Denoiser, ModelFiles, TextBatch
 from unhype.lora import LoRAFactors
 
 TEXTS = ["", "a cat", "the dogs are running over the snow", "a cat and a dog on a table " * 3]
@@ -23,7 +23,7 @@ LONG, WEIGHTED = "a quiet day " * 40, "(cat:1.3) and a dog"
 
 @pytest.fixture(scope="module")
 def denoiser(comfy: Path, checkpoint: Path) -> Denoiser:
-    return Denoiser.load(checkpoint, comfy)
+    return Denoiser.load(ModelFiles(checkpoint), comfy)
 
 
 @pytest.fixture(scope="module")
@@ -238,12 +238,12 @@ def rewritten(checkpoint: Path, tmp_path: Path) -> Rewrite:
 
 def refused(comfy: Path, path: Path, match: str) -> None:
     with pytest.raises(CheckpointRefusedError, match=match):
-        Denoiser.load(path, comfy)
+        Denoiser.load(ModelFiles(path), comfy)
 
 
 def test_a_missing_file_is_named(comfy: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nothing\.safetensors"):
-        Denoiser.load(tmp_path / "nothing.safetensors", comfy)
+        Denoiser.load(ModelFiles(tmp_path / "nothing.safetensors"), comfy)
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.ckpt"])

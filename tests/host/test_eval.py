@@ -16,7 +16,7 @@ from train.evaluate.base import Kind
 from train.evaluate.evaluation import Effort, Subject, evaluate
 from train.evaluate.suite import Suite, SuiteError, ask_world
 from unhype import checkpoint as packs
-from unhype.host.denoise import Denoiser
+from unhype.host.denoise import Denoiser, ModelFiles
 
 from .conftest import MakePack
 
@@ -72,7 +72,7 @@ def test_the_command_draws_judges_and_reports(
 def test_a_prompt_of_two_chunks_is_left_to_the_guard(
     pack: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    model = Denoiser.load(checkpoint, pictures=True)
+    model = Denoiser.load(ModelFiles(checkpoint), pictures=True)
     subject = Subject(pack, packs.load(pack), model, evaluator(), "demo-world")
     things = {"cat": {}, "bus": {}}
     long = Suite.model_validate(
@@ -87,7 +87,7 @@ def test_a_prompt_of_two_chunks_is_left_to_the_guard(
 def test_the_demo_world_asks_and_attacks_a_pack_of_its_checkpoint(
     pack: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
-    model = Denoiser.load(checkpoint, pictures=True)
+    model = Denoiser.load(ModelFiles(checkpoint), pictures=True)
     subject = Subject(pack, packs.load(pack), model, evaluator(), "demo-world")
     world = DemoWorld()
     asked = ask_world(world, subject.pack.info, 1)

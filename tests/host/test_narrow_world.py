@@ -9,7 +9,7 @@ import torch
 
 from demo.world.expand import COMPACT, expand
 from demo.world.narrow import NarrowWorld
-from unhype.host.denoise import Denoiser
+from unhype.host.denoise import Denoiser, ModelFiles
 from unhype.lora import LoRAFactors
 
 pytestmark = pytest.mark.host
@@ -25,7 +25,7 @@ def narrow() -> NarrowWorld:
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Denoiser:
     path: Path = expand(COMPACT, tmp_path_factory.mktemp("world") / "world.safetensors")
-    return Denoiser.load(path, pictures=True)
+    return Denoiser.load(ModelFiles(path), pictures=True)
 
 
 def distance(got: torch.Tensor, wanted: torch.Tensor) -> float:

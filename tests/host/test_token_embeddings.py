@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unhype.host.denoise import Denoiser
+from unhype.host.denoise import Denoiser, ModelFiles
 from unhype.host.text import TextEncoder
 
 from .tiny import Tiny, make_clip, make_tiny
@@ -18,7 +18,7 @@ TEXTS = ["", "a cat", "the dogs are running over the snow, a photo"]
 
 @pytest.fixture(scope="module")
 def denoiser(comfy: Path, checkpoint: Path) -> Denoiser:
-    return Denoiser.load(checkpoint, comfy)
+    return Denoiser.load(ModelFiles(checkpoint), comfy)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from unhype import checkpoint as packs
 from unhype.checkpoint import Pack
 from unhype.families import Branch
 from unhype.host.bypass import RowTable
-from unhype.host.denoise import CheckpointRefusedError, Denoiser
+from unhype.host.denoise import CheckpointRefusedError, Denoiser, ModelFiles
 from unhype.host.generate import generate
 from unhype.host.tap import VECTORS, tap
 from unhype.host.text import TextBatch, TextEncoder
@@ -294,10 +294,10 @@ def test_a_file_that_lacks_a_weight_of_a_text_encoder_is_refused(
     state = {n: v for n, v in torch.load(path).items() if not n.endswith(dropped)}
     torch.save(state, tmp_path / "cut.ckpt")
     with pytest.raises(CheckpointRefusedError, match=f"lacks 1 of .*text encoder.*{named}"):
-        Denoiser.load(tmp_path / "cut.ckpt", comfy)
+        Denoiser.load(ModelFiles(tmp_path / "cut.ckpt"), comfy)
 
 
 def test_a_file_without_clip_l_is_refused(comfy: Path, tmp_path: Path) -> None:
     path = write_checkpoint("SD3", tmp_path / "other.ckpt", text_encoders=["clip_g"])
     with pytest.raises(CheckpointRefusedError, match=r"other\.ckpt has no CLIP-L"):
-        Denoiser.load(path, comfy)
+        Denoiser.load(ModelFiles(path), comfy)

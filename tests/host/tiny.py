@@ -296,7 +296,25 @@ def write_checkpoint(
     """
     model = build(host_class, IN_FILES[host_class], device=META)
     clip = _clip(model, text_encoders, {"initial_device": META})
-    state = model.state_dict_for_saving(clip.cond_stage_model.state_dict())
+    return _write(model.state_dict_for_saving(clip.cond_stage_model.state_dict()), path)
+
+
+def write_parts(
+    host_class: str, folder: Path, *, text_encoders: Sequence[str] = ("clip_l",)
+) -> dict[str, Path]:
+    """The same in files of their own, by part: ``model`` and the text encoders' names."""
+    model = build(host_class, IN_FILES[host_class], device=META)
+    clip = _clip(model, text_encoders, {"initial_device": META})
+    parts = {"model": model.diffusion_model} | {
+        name: getattr(clip.cond_stage_model, name).transformer for name in text_encoders
+    }
+    return {
+        name: _write(part.state_dict(), folder / f"{name}.ckpt") for name, part in parts.items()
+    }
+
+
+def _write(state: Mapping[str, Tensor], path: Path) -> Path:
+    """Random weights of these names and shapes, which overlap in memory."""
     block = torch.randn(BLOCK, generator=torch.Generator().manual_seed(0)).repeat(8)
     blocks: dict[tuple[float, float], Tensor] = {}
     overlapping = {}

@@ -19,11 +19,13 @@ from typer.testing import CliRunner
 
 from train import state
 from train.cli import app
-from train.config import TrainConfig, make_config
+from train.config import TrainConfig, load_config, make_config
+from train.denoiser import files_of
 from train.record import metrics_path
 from train.run import Event, Result, train
 from unhype import checkpoint
 from unhype.families import FAMILIES
+from unhype.host.denoise import ModelFiles
 
 from .conftest import TinyDenoiser, small_data
 
@@ -121,6 +123,50 @@ def test_an_interrupted_run_in_words_goes_on_from_its_file(
     monkeypatch.setattr("train.cli.run", resumed)
     assert runner.invoke(app, ["train", str(tmp_path / "out" / "cat.yaml")]).exit_code == 0
     assert steps[0] == 5
+
+
+def test_text_encoders_in_files_of_their_own_are_named_in_the_settings(
+    words: list[str], tmp_path: Path
+) -> None:
+    encoders = [tmp_path / name for name in ("clip_l.safetensors", "t5xxl.safetensors")]
+    options = [part for path in encoders for part in ("--text-encoder", str(path))]
+    absent = runner.invoke(app, ["train", *words, *options])
+    assert absent.exit_code == 2
+    assert "there is no text encoder" in absent.stderr
+    for path in encoders:
+        path.touch()
+    done = runner.invoke(app, ["train", *words, *options])
+    assert done.exit_code == 0, done.stderr
+    written = load_config(tmp_path / "out" / "cat.yaml")
+    assert written.text_encoders == tuple(encoders)
+    assert files_of(written).text_encoders == tuple(encoders)
+
+
+def test_every_command_loads_the_text_encoders_it_is_given(
+    pack: Path, captions: Path, tmp_path: Path, denoiser: TinyDenoiser, monkeypatch
+) -> None:
+    loaded: list[ModelFiles] = []
+
+    def load(files: ModelFiles, comfyui: object, *, pictures: bool = False) -> TinyDenoiser:
+        loaded.append(files)
+        return denoiser
+
+    monkeypatch.setattr("train.cli.Denoiser.load", load)
+    files = ["--checkpoint", "model.sft", "--text-encoder", "l.sft", "--text-encoder", "t5.sft"]
+    lora = str(tmp_path / "lora.safetensors")
+    for command in (
+        ["calibrate", str(pack), "--captions", str(captions), "--budget", "0.5"],
+        ["export", str(pack), "--prompt", "a cat", "-o", lora, "--force"],
+    ):
+        runner.invoke(app, [*command, *files])
+    wanted = ModelFiles(Path("model.sft"), (Path("l.sft"), Path("t5.sft")))
+    assert loaded == [wanted, wanted]
+
+
+def test_evaluating_refuses_parts_of_no_model(pack: Path) -> None:
+    done = runner.invoke(app, ["eval", str(pack), "--vae", "vae.sft", "--world", "demo"])
+    assert done.exit_code == 2
+    assert "--text-encoder and --vae go with --checkpoint" in " ".join(done.stderr.split())
 
 
 @pytest.mark.parametrize("command", ["train", "plan"])

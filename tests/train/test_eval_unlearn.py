@@ -20,7 +20,7 @@ from unhype import checkpoint as packs
 from unhype.checkpoint import BaseFingerprint, ConceptInfo, PackInfo
 from unhype.families import FAMILIES
 from unhype.gate import Gate, GateConfig
-from unhype.host.denoise import Denoiser
+from unhype.host.denoise import Denoiser, ModelFiles
 from unhype.host.locate import cache_dir
 from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
 
@@ -75,7 +75,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
             raise
         pytest.skip(f"no ComfyUI: {error}")
     path = expand(COMPACT, cache_dir() / "tests" / CHECKPOINT_NAME)
-    denoiser = Denoiser.load(path, comfyui)
+    denoiser = Denoiser.load(ModelFiles(path), comfyui)
     family = denoiser.family
     shape = HypernetworkConfig(Architecture.ATOMS, family.embedding.dim, rank=4, hidden_dim=16)
     gate_shape = GateConfig(family.embedding.dim, 1, hidden_dim=2)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unhype import checkpoint
 from unhype.checkpoint import from_plain
-from unhype.host.denoise import Denoiser
+from unhype.host.denoise import Denoiser, ModelFiles
 
 from ..denoiser import check_family
 from .base import PictureModel
@@ -32,6 +32,7 @@ class TechniqueConfig:
 
     Attributes:
         checkpoint: the model file that ComfyUI loads.
+        text_encoders, vae: files of their own, if the checkpoint does not hold them.
         pack: a pack for it; without one the plain model draws, to compare with.
         erase_concept: what the benchmark's report calls the concept; some of its metrics ask for it.
         concepts: the pack's concepts that may fire; all by default.
@@ -49,6 +50,8 @@ class TechniqueConfig:
     size: int = 512
     batch_size: int = 1
     comfyui: str | None = None
+    text_encoders: tuple[str, ...] = ()
+    vae: str = ""
 
 
 class UnHypeTechnique:
@@ -63,9 +66,11 @@ class UnHypeTechnique:
         """
         self.config = read_config(config)
         comfyui = Path(self.config.comfyui) if self.config.comfyui else None
-        self._model: PictureModel = Denoiser.load(
-            Path(self.config.checkpoint), comfyui, pictures=True
+        vae = Path(self.config.vae) if self.config.vae else None
+        files = ModelFiles(
+            Path(self.config.checkpoint), tuple(map(Path, self.config.text_encoders)), vae
         )
+        self._model: PictureModel = Denoiser.load(files, comfyui, pictures=True)
         self._eraser: Eraser = self._load_pack() if self.config.pack else NoEraser()
 
     def _load_pack(self) -> PackEraser:

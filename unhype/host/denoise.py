@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -16,41 +15,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoint import BaseFingerprint
-from ..families import FAMILIES, Branch, FamilySpec, family_of_host_class
+from ..families import Branch, FamilySpec
 from ..lora import LoRAFactors, TargetModule
 from .bypass import Site, adapted, find_sites, find_targets
-from .clip_l import READER
 from .euler import draw_noise, euler, guide, keep, on_first
+from .files import CheckpointRefusedError, ModelFiles, load_parts
 from .locate import find_comfyui, use_as_library
 from .text import TextBatch, TextEncoder, Tokens
 
 if TYPE_CHECKING:
-    from comfy.model_base import BaseModel
     from comfy.model_patcher import ModelPatcher
     from comfy.sd import VAE
 
-__all__ = ["CheckpointRefusedError", "Denoiser", "TextBatch"]
+__all__ = ["CheckpointRefusedError", "Denoiser", "ModelFiles", "TextBatch"]
 
 SCHEDULER = "normal"
 DIGEST_LENGTH = 16
 PIXELS = 8
 """Of a picture's side to one of its latents, where the host tells a model of the size."""
-OPTIONAL = (
-    "logit_scale",
-    f"{READER}.transformer.text_projection.weight",
-    "scaled_fp8",
-    "scale_weight",
-    "scale_input",
-)
-"""How weights end that nothing here depends on, or that the host sets where a file lacks them."""
-
-
-class CheckpointRefusedError(ValueError):
-    """A file is not a checkpoint that this version can train on."""
 
 
 class Denoiser:
@@ -76,9 +61,9 @@ class Denoiser:
 
     @classmethod
     def load(
-        cls, checkpoint: Path, comfyui: Path | None = None, *, pictures: bool = False
+        cls, files: ModelFiles, comfyui: Path | None = None, *, pictures: bool = False
     ) -> Denoiser:
-        """Load a single-file checkpoint.
+        """Load a model from the files that ComfyUI loads.
 
         Args:
             comfyui: where ComfyUI is, if it is not to be looked for.
@@ -86,33 +71,18 @@ class Denoiser:
 
         Raises:
             FileNotFoundError: there is no such file, or no ComfyUI.
-            CheckpointRefusedError: the file is damaged, no checkpoint, without a text encoder, or of no known family.
+            CheckpointRefusedError: a file is damaged or something else, a part is in none of them, or the family is unknown.
         """
-        if not checkpoint.is_file():
-            raise FileNotFoundError(
-                f"There is no checkpoint {checkpoint}. Give the path of the model file that ComfyUI loads."
-            )
+        files.check_there()
         use_as_library(find_comfyui(comfyui))
-        import comfy.sd
-
-        state = _read(checkpoint)
-        family, names = _inspect(checkpoint, state)
-        patcher, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
-            state, output_vae=pictures, output_clip=True
-        ) or (None, None, None, None)
-        if patcher is None:
-            raise CheckpointRefusedError(f"ComfyUI cannot load {checkpoint}; is it whole?")
-        if clip is None:
-            raise CheckpointRefusedError(
-                f"{checkpoint.name} has no text encoder. Training embeds prompts; give a full checkpoint "
-                "with model and CLIP in one file."
-            )
-        _check_complete(checkpoint, names, patcher.model, clip.cond_stage_model)
-        if pictures and vae is None:
-            raise CheckpointRefusedError(
-                f"{checkpoint.name} has no VAE, which makes pictures of latents. Give a full checkpoint with one."
-            )
-        denoiser = cls(patcher, TextEncoder(clip), family, checkpoint.name, vae)
+        parts = load_parts(files, pictures=pictures)
+        denoiser = cls(
+            parts.patcher,
+            TextEncoder(parts.clip),
+            parts.family,
+            files.checkpoint.name,
+            parts.vae,
+        )
         denoiser._load()
         return denoiser
 
@@ -395,74 +365,3 @@ def _plain_attention(chosen: Callable[..., Tensor], *args: Any, **kwargs: Any) -
     from comfy.ldm.modules.attention import attention_pytorch
 
     return attention_pytorch(*args, **kwargs)
-
-
-def _read(checkpoint: Path) -> dict[str, Tensor]:
-    import comfy.utils
-
-    try:
-        state = comfy.utils.load_torch_file(str(checkpoint))
-    except (
-        SafetensorError,
-        ValueError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
-        raise CheckpointRefusedError(
-            f"{checkpoint} cannot be read ({str(error).splitlines()[0]}). It is cut short or no model file; copy it again."
-        ) from error
-    if not isinstance(state, dict):
-        raise CheckpointRefusedError(f"{checkpoint} holds no weights by name; it is no checkpoint.")
-    return state
-
-
-def _inspect(checkpoint: Path, state: dict[str, Tensor]) -> tuple[FamilySpec, set[str]]:
-    """The family of a checkpoint's diffusion model, and the names of its weights as the host's modules have them."""
-    from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
-
-    # Without their values, in a dictionary of its own: the host takes names out of it and rewrites others.
-    empty = {name: value.to("meta") for name, value in state.items() if isinstance(value, Tensor)}
-    prefix = unet_prefix_from_state_dict(empty)
-    config = model_config_from_unet(empty, prefix)
-    known = ", ".join(spec.title for spec in FAMILIES.values())
-    if config is None:
-        raise CheckpointRefusedError(
-            f"{checkpoint.name} holds no diffusion model that ComfyUI knows (LoRA, VAE and text encoder files hold none). "
-            f"Give a full checkpoint of {known}."
-        )
-    host_class = type(config).__name__
-    family = family_of_host_class(host_class)
-    if family is None:
-        raise CheckpointRefusedError(
-            f"{checkpoint.name} is a model of class {host_class}. This version trains on {known}."
-        )
-    names = {name.removeprefix(prefix) for name in empty if name.startswith(prefix)}
-    return family, names | set(config.process_clip_state_dict(empty))
-
-
-def _check_complete(
-    checkpoint: Path, names: set[str], model: BaseModel, text_model: nn.Module
-) -> None:
-    """Refuse a file that lacks weights (the host leaves them at whatever the memory held), or is made for other input."""
-    noise = torch.zeros(1, model.latent_format.latent_channels, 1, 1)
-    if model.concat_keys or model.concat_cond(noise=noise, device=noise.device) is not None:
-        raise CheckpointRefusedError(
-            f"{checkpoint.name} is an inpainting or control model. Give the ordinary model of the same family."
-        )
-    if getattr(text_model, READER, None) is None:
-        raise CheckpointRefusedError(
-            f"{checkpoint.name} has no CLIP-L among its text encoders, which reads the prompts for the hypernetwork. "
-            "Give a full checkpoint with it."
-        )
-    for what, module in (
-        ("diffusion model", model.diffusion_model),
-        ("text encoder", text_model),
-    ):
-        wanted = {name for name, _ in module.named_parameters() if not name.endswith(OPTIONAL)}
-        if missing := wanted - names:
-            raise CheckpointRefusedError(
-                f"{checkpoint.name} lacks {len(missing)} of the {len(wanted)} weights of its {what}, for example "
-                f"{min(missing)}. It was cut or converted badly; fetch it again."
-            )

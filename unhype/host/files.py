@@ -1,0 +1,264 @@
+"""Reading a model's files, all in one or each part in its own, with ComfyUI's own loaders; and refusing what is not whole."""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from ..families import FAMILIES, FamilySpec, family_of_host_class
+from .clip_l import READER
+
+if TYPE_CHECKING:
+    from comfy.model_base import BaseModel
+    from comfy.model_patcher import ModelPatcher
+    from comfy.sd import CLIP, VAE
+
+OPTIONAL = (
+    "logit_scale",
+    f"{READER}.transformer.text_projection.weight",
+    "scaled_fp8",
+    "scale_weight",
+    "scale_input",
+)
+"""How weights end that nothing here depends on, or that the host sets where a file lacks them."""
+IN_ENCODER = "transformer."
+"""Before a weight's name in a text encoder's own file, as the host's module has it."""
+MOST_ENCODERS = 3
+"""Of one model; the host takes four files for models of other families."""
+QUANTIZATION = "_quantization_metadata"
+"""Where the host looks for how a file's weights are quantized."""
+
+
+class CheckpointRefusedError(ValueError):
+    """A file is not a checkpoint that this version can train on."""
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """Where a model is.
+
+    Attributes:
+        checkpoint: the whole model, or the diffusion model alone.
+        text_encoders: their own files, in any order, in place of those in the checkpoint.
+        vae: its own file, in place of that in the checkpoint.
+    """
+
+    checkpoint: Path
+    text_encoders: tuple[Path, ...] = ()
+    vae: Path | None = None
+
+    def check_there(self) -> None:
+        """Raise ``FileNotFoundError`` if one is missing."""
+        kinds = (
+            ("checkpoint", self.checkpoint),
+            *(("text encoder", path) for path in self.text_encoders),
+            *((("VAE", self.vae),) if self.vae else ()),
+        )
+        for what, path in kinds:
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"There is no {what} {path}. Give the path of the file that ComfyUI loads."
+                )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model as the host loads it."""
+
+    family: FamilySpec
+    patcher: ModelPatcher
+    clip: CLIP
+    vae: VAE | None
+
+
+def load_parts(files: ModelFiles, *, pictures: bool) -> Parts:
+    """Load what the files hold; with the VAE if ``pictures`` are wanted.
+
+    Raises:
+        CheckpointRefusedError: see :meth:`.denoise.Denoiser.load`.
+    """
+    import comfy.sd
+
+    name = files.checkpoint.name
+    state, metadata = _read(files.checkpoint)
+    held = _inspect(name, state)
+    patcher, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
+        state,
+        output_vae=pictures and files.vae is None,
+        output_clip=not files.text_encoders,
+        metadata=metadata,
+    ) or (None, None, None, None)
+    if patcher is None:
+        raise CheckpointRefusedError(f"ComfyUI cannot load {files.checkpoint}; is it whole?")
+    _check_ordinary(name, patcher.model)
+    _check_complete(name, "diffusion model", held.weights, patcher.model.diffusion_model)
+    if files.text_encoders:
+        clip = _load_text_encoders(files.text_encoders, held.family)
+    elif clip is None:
+        raise CheckpointRefusedError(
+            f"{name} has no text encoder, and training embeds prompts. Give --text-encoder the files of its text encoders "
+            f"({' and '.join(held.family.text_encoders)}), or a full checkpoint with model and CLIP in one file."
+        )
+    elif getattr(clip.cond_stage_model, READER, None) is None:
+        raise CheckpointRefusedError(
+            f"{name} has no CLIP-L among its text encoders, which reads the prompts for the hypernetwork. "
+            "Give a full checkpoint with it."
+        )
+    else:
+        _check_complete(name, "text encoder", held.text_weights, clip.cond_stage_model)
+    return Parts(held.family, patcher, clip, _pick_vae(files, vae) if pictures else None)
+
+
+def _pick_vae(files: ModelFiles, own: VAE | None) -> VAE:
+    """The VAE of its own file, else the checkpoint's."""
+    import comfy.sd
+
+    if files.vae is not None:
+        state, metadata = _read(files.vae)
+        # What is none makes a VAE without a model, or fails on the way.
+        try:
+            own = comfy.sd.VAE(sd=state, metadata=metadata)
+        except (KeyError, RuntimeError) as error:
+            raise CheckpointRefusedError(f"{files.vae.name} is no VAE ({error}).") from error
+    if own is None or own.first_stage_model is None:
+        if files.vae is not None:
+            raise CheckpointRefusedError(f"{files.vae.name} is no VAE that ComfyUI knows.")
+        raise CheckpointRefusedError(
+            f"{files.checkpoint.name} has no VAE, which makes pictures of latents. "
+            "Give --vae its file, or a full checkpoint with one."
+        )
+    return own
+
+
+def _load_text_encoders(paths: Sequence[Path], family: FamilySpec) -> CLIP:
+    """The family's text encoders from files of their own."""
+    import comfy.sd
+
+    names = ", ".join(path.name for path in paths)
+    states = []
+    for path in paths:
+        state, metadata = _read(path)
+        if quantization := (metadata or {}).get(QUANTIZATION):
+            state[QUANTIZATION] = quantization
+        states.append(state)
+    held = [set(state) for state in states]
+    wrong = CheckpointRefusedError(
+        f"{names}: these are not the text encoders of {family.title}. Give --text-encoder once for each of "
+        f"{', '.join(family.text_encoders)}, as ComfyUI's CLIP loaders take them."
+    )
+    if len(paths) > MOST_ENCODERS:
+        raise wrong
+    try:
+        clip = comfy.sd.load_text_encoder_state_dicts(
+            states, clip_type=comfy.sd.CLIPType[family.clip_type]
+        )
+    except (KeyError, RuntimeError) as error:
+        raise wrong from error
+    # The host renames some on the way, and takes others out.
+    held = [own | set(state) for own, state in zip(held, states, strict=True)]
+    model = clip.cond_stage_model
+    loaded = {encoder for encoder, _ in model.named_children()}
+    wanted = set(family.text_encoders)
+    if not wanted - set(family.optional_encoders) <= loaded <= wanted:
+        raise wrong
+    available = Counter(weight for own in held for weight in own)
+    weights = set()
+    for encoder in sorted(loaded):
+        for name, _ in getattr(model, encoder).named_parameters():
+            weight = name.removeprefix(IN_ENCODER)
+            if available[weight] > 0:
+                available[weight] -= 1
+                weights.add(f"{encoder}.{name}")
+    _check_complete(names, "text encoders", weights, model)
+    return clip
+
+
+@dataclass(frozen=True)
+class _Held:
+    """What a file holds.
+
+    Attributes:
+        weights: names of the diffusion model's weights as the host's module has them.
+        text_weights: the same of the text encoders in the file, with others.
+    """
+
+    family: FamilySpec
+    weights: set[str]
+    text_weights: set[str]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """Weights by name, and what the file says of itself."""
+    import comfy.utils
+
+    try:
+        state, metadata = comfy.utils.load_torch_file(
+            str(path), safe_load=True, return_metadata=True
+        )
+    except (
+        SafetensorError,
+        ValueError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+    ) as error:
+        raise CheckpointRefusedError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}). It is cut short or no model file; copy it again."
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointRefusedError(f"{path} holds no weights by name; it is no checkpoint.")
+    return state, metadata
+
+
+def _inspect(name: str, state: dict[str, Any]) -> _Held:
+    """The family of a file's diffusion model, and the names of what it holds."""
+    from comfy.model_detection import model_config_from_unet, unet_prefix_from_state_dict
+
+    # Without their values, in a dictionary of its own: the host takes names out of it and rewrites others.
+    empty = {key: value.to("meta") for key, value in state.items() if isinstance(value, Tensor)}
+    prefix = unet_prefix_from_state_dict(empty)
+    if not any(key.startswith(prefix) for key in empty):
+        prefix = ""  # the diffusion model alone
+    config = model_config_from_unet(empty, prefix)
+    known = ", ".join(spec.title for spec in FAMILIES.values())
+    if config is None:
+        raise CheckpointRefusedError(
+            f"{name} holds no diffusion model that ComfyUI knows (LoRA, VAE and text encoder files hold none). "
+            f"Give a model file of {known}."
+        )
+    host_class = type(config).__name__
+    family = family_of_host_class(host_class)
+    if family is None:
+        raise CheckpointRefusedError(
+            f"{name} is a model of class {host_class}. This version trains on {known}."
+        )
+    weights = {key.removeprefix(prefix) for key in empty if key.startswith(prefix)}
+    return _Held(family, weights, set(config.process_clip_state_dict(empty)))
+
+
+def _check_ordinary(name: str, model: BaseModel) -> None:
+    """Refuse a model that is made for other input than noise and text."""
+    noise = torch.zeros(1, model.latent_format.latent_channels, 1, 1)
+    if model.concat_keys or model.concat_cond(noise=noise, device=noise.device) is not None:
+        raise CheckpointRefusedError(
+            f"{name} is an inpainting or control model. Give the ordinary model of the same family."
+        )
+
+
+def _check_complete(source: str, what: str, held: Set[str], module: nn.Module) -> None:
+    """Refuse files that lack weights: the host leaves them at whatever the memory held."""
+    wanted = {name for name, _ in module.named_parameters() if not name.endswith(OPTIONAL)}
+    if missing := wanted - held:
+        raise CheckpointRefusedError(
+            f"{source} lacks {len(missing)} of the {len(wanted)} weights of its {what}, for example {min(missing)}. "
+            "It was cut or converted badly; fetch it again."
+        )
