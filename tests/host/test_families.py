@@ -326,7 +326,7 @@ def outputs(tiny: Tiny, names: Sequence[str], positive: list) -> dict[str, tuple
 )
 def test_half_precision_costs_no_more_than_merging_does(comfy: Any, host_class: str) -> None:
     """With 8 bits, rounding a result once is off by 1.7e-3. A merged layer rounds its weights and its result (2.4e-3), the
-    bypass rounds W x, the change and their sum (2.9e-3 if all are as large); what comes out of the whole model, where all
+    bypass rounds W x, down x, and the sum (2.7e-3 if all are as large); what comes out of the whole model, where all
     layers round, must not be further from single precision than the model with merged weights is."""
     tiny, exact = make_tiny(host_class, torch.bfloat16), make_tiny(host_class)
     exact.network.load_state_dict(tiny.network.state_dict())
@@ -342,6 +342,6 @@ def test_half_precision_costs_no_more_than_merging_does(comfy: Any, host_class: 
         for name in names:
             inputs, result = bypass[name]
             layer = exact.network.get_submodule(name)
-            assert relative(result, layer(inputs.float())) <= 3e-3
+            assert relative(result, layer(inputs.float())) <= 2.75e-3
     error, merged_error = (relative(run[WHOLE][1], wanted) for run in (bypass, rounded))
     assert error <= 1.3 * merged_error

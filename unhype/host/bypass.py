@@ -195,7 +195,7 @@ class RowTable:
                 for span, target, hidden, up in inside:
                     part = split.narrow(0, span.start * repeats, len(span.rows) * repeats)
                     part = part.narrow(-1, target.start, target.out_features)
-                    part.add_(_per_row(hidden, up).view(part.shape))
+                    _add_per_row(part, hidden, up)
                 return y
 
             return forward
@@ -239,6 +239,14 @@ def _per_row(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight)
     return torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
+
+
+def _add_per_row(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """Add ``_per_row(x, weight)`` to y (batch, ..., out) in place: in one pass over memory, and in half precision rounded once."""
+    if y.dim() == 3:
+        y.baddbmm_(x.to(y.dtype), weight.to(y.dtype).mT.expand(len(x), -1, -1))
+    else:
+        y.add_(_per_row(x, weight).view(y.shape))
 
 
 def _parts(x: Tensor, site: Site) -> int:
