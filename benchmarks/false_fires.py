@@ -224,7 +224,7 @@ def main(
             info = checkpoint.read_info(path)
             names = [word for c in info.concepts for word in synonyms.get(c.name, ())]
             console.print(f"{path}: reading captions")
-            found[str(path)] = measure(
+            found[f"{path.parent.name}/{path.stem}"] = measure(
                 path,
                 captions,
                 model,

@@ -459,6 +459,7 @@ def evaluate(
                 drawing,
                 judge,
                 evaluator or f"the world {asked.suite}",
+                files.parts if files else (),
             )
             effort = evaluation.Effort() if attacks else None
             found = evaluation.evaluate(subject, asked, folder, attacks=effort, report=report)

@@ -575,8 +575,15 @@ class TrainConfig(BaseModel):
     def digest(self) -> str:
         """A hash of everything that the result depends on."""
         result = self.model_dump(mode="json", exclude={"output", "vae", "log", "samples"})
+        result = settle_files(result)
         text = json.dumps(result, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def settle_files(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings to be hashed: the order of text encoders' files does not matter, and where there are none they are not named."""
+    files = sorted(settings.pop("text_encoders", ()))
+    return {**settings, "text_encoders": files} if files else settings
 
 
 def in_closed_form(config: TrainConfig) -> TrainConfig:

@@ -37,7 +37,7 @@ from unhype.hypernetwork import (
 from . import state
 from .calibrate import in_batches
 from .closed_form import edit_in_closed_form
-from .config import ConfigError, ObjectiveName, TrainConfig, TrajectoryConfig
+from .config import ConfigError, ObjectiveName, TrainConfig, TrajectoryConfig, settle_files
 from .denoiser import DenoiserLike, check_gradient, files_of
 from .discovery import describe as describe_words
 from .discovery import discover, widen
@@ -86,6 +86,7 @@ POOL_SETTINGS = {
     "templates": True,
     "seed": True,
     "trajectories": True,
+    "text_encoders": True,
     "gate": {"held_back": True},
 }
 """What the trajectories depend on."""
@@ -492,7 +493,7 @@ def _kept_pools(path: Path, key: str, device: torch.device) -> tuple[Pool, Pool 
 
 def _pool_digest(config: TrainConfig) -> str:
     """Hash of every setting that the trajectories depend on, and of what a pool holds."""
-    settings = config.model_dump(mode="json", include=POOL_SETTINGS)
+    settings = settle_files(config.model_dump(mode="json", include=POOL_SETTINGS))
     described = json.dumps([settings, [field.name for field in fields(Pool)]], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 

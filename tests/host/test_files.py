@@ -79,17 +79,38 @@ def test_a_text_encoder_of_its_own_replaces_the_checkpoints(
 
 
 def test_what_no_file_holds_is_asked_for(refuse: Refuse, parts: dict[str, Path]) -> None:
-    refuse(ModelFiles(parts["model"]), r"no text encoder.*--text-encoder .*\(clip_l\)")
-    refuse(ModelFiles(parts["model"], (parts["clip"],)), "no VAE.*--vae", pictures=True)
+    refuse(ModelFiles(parts["model"]), "no text encoder.*--text-encoder the file of clip_l,")
+    refuse(
+        ModelFiles(parts["model"], (parts["clip"],)),
+        "no VAE.*`vae` in a config, --vae",
+        pictures=True,
+    )
 
 
 def test_files_of_something_else_are_refused(refuse: Refuse, parts: dict[str, Path]) -> None:
     model, clip, vae = (parts[name] for name in PREFIXES)
     refuse(ModelFiles(clip, (clip,)), "world-clip.safetensors holds no diffusion model")
-    refuse(ModelFiles(model, (vae,)), r"world-vae.safetensors.*lacks .* of its text encoder")
+    refuse(ModelFiles(model, (vae,)), "world-vae.safetensors: these are not the text encoders")
     refuse(ModelFiles(model, (clip, clip)), "not the text encoders of Stable Diffusion 1.x")
     refuse(ModelFiles(model, (clip,) * 4), "not the text encoders")
     refuse(ModelFiles(model, (clip,), clip), "world-clip.safetensors is no VAE", pictures=True)
+
+
+def test_a_vae_of_another_family_is_refused(
+    refuse: Refuse, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.sd
+
+    class Deep(comfy.sd.VAE):
+        """As those of SD3 and Flux."""
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)
+            self.latent_channels = 16
+
+    monkeypatch.setattr(comfy.sd, "VAE", Deep)
+    files = ModelFiles(parts["model"], (parts["clip"],), parts["vae"])
+    refuse(files, "VAE of 16 channels, and the latents of .* have 4", pictures=True)
 
 
 def test_a_text_encoder_that_lacks_a_weight_is_refused(
@@ -135,4 +156,51 @@ def test_stable_diffusion_3_can_do_without_its_other_text_encoders(
     model, clip_l, clip_g = parts.values()
     text = Denoiser.load(ModelFiles(model, (clip_l,)), comfy).embed(["a cat"])
     assert text.cross.shape[2] == 4096
+    refuse(ModelFiles(model), r"Give --text-encoder the file of clip_l \(clip_g and t5xxl too")
     refuse(ModelFiles(model, (clip_g,)), "not the text encoders of Stable Diffusion 3")
+    refuse(ModelFiles(model, (model,)), "not the text encoders of Stable Diffusion 3")
+    refuse(ModelFiles(model, (clip_l, model)), "not the text encoders of Stable Diffusion 3")
+
+
+def test_the_file_that_lacks_a_weight_is_named(refuse: Refuse, tmp_path: Path) -> None:
+    parts = write_parts("KOALA_700M", tmp_path, text_encoders=["clip_l", "clip_g"])
+    state = torch.load(parts["clip_g"])
+    cut = {name: value for name, value in state.items() if not name.endswith(".3.mlp.fc1.bias")}
+    torch.save(cut, tmp_path / "cut.ckpt")
+    refuse(
+        ModelFiles(parts["model"], (tmp_path / "cut.ckpt", parts["clip_l"])),
+        r"cut\.ckpt lacks 1 of .*text encoder.*clip_g.*layers\.3\.mlp\.fc1\.bias",
+    )
+
+
+def test_running_out_of_memory_is_no_wrong_file(
+    comfy: Path, parts: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.sd
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(comfy.sd, "load_text_encoder_state_dicts", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        Denoiser.load(ModelFiles(parts["model"], (parts["clip"],)))
+
+
+def test_a_diffusion_model_alone_is_loaded_with_what_its_file_says_of_itself(
+    comfy: Path, parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import comfy.sd
+
+    said: list[object] = []
+    load = comfy.sd.load_diffusion_model_state_dict
+
+    def listen(state: dict, **kwargs: object) -> object:
+        said.append(kwargs.get("metadata"))
+        return load(state, **kwargs)
+
+    monkeypatch.setattr(comfy.sd, "load_diffusion_model_state_dict", listen)
+    with safe_open(parts["model"], "pt") as file:
+        state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    save_file(state, tmp_path / "said.safetensors", metadata={"by": "us"})
+    Denoiser.load(ModelFiles(tmp_path / "said.safetensors", (parts["clip"],)))
+    assert said == [{"by": "us"}]

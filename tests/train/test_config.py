@@ -198,3 +198,14 @@ def test_many_concepts_in_closed_form_get_a_lenient_gate(data: Data) -> None:
 def test_concepts_of_a_wrong_type_in_closed_form(data: Data) -> None:
     told = refused({**data, "concepts": 7, "objective": {"name": "closed-form"}})
     assert "concepts" in told
+
+
+def test_the_digest_names_text_encoders_only_where_there_are_some_in_any_order(
+    data: dict[str, object],
+) -> None:
+    digests = {
+        make_config({**data, "text_encoders": files}).digest()
+        for files in ([], ["a.sft", "b.sft"], ["b.sft", "a.sft"])
+    }
+    assert len(digests) == 2
+    assert make_config({**data, "vae": "vae.sft"}).digest() == make_config(data).digest()

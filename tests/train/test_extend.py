@@ -25,6 +25,7 @@ from unhype import checkpoint
 from unhype.checkpoint import Pack
 from unhype.families import FAMILIES
 from unhype.gate import Gate, GateConfig
+from unhype.host.denoise import ModelFiles
 from unhype.hypernetwork import Architecture, HypernetworkConfig, make_hypernetwork
 
 from .conftest import TinyDenoiser, small_data
@@ -419,6 +420,39 @@ def test_a_config_file_takes_its_model_and_output_from_options(
     done = runner.invoke(app, [*command, "--force"])
     assert done.exit_code == 0, done.stderr
     assert output.is_file()
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_text_encoders_of_their_own_are_loaded(
+    in_file: bool,
+    old: Path,
+    model: Path,
+    tmp_path: Path,
+    data: dict[str, object],
+    denoiser: TinyDenoiser,
+    make_new: Make,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded: list[ModelFiles] = []
+
+    def load(files: ModelFiles, comfyui: object, *, pictures: bool) -> TinyDenoiser:
+        loaded.append(files)
+        return denoiser
+
+    monkeypatch.setattr("train.run.Denoiser.load", load)
+    encoders = [tmp_path / "clip l.safetensors", tmp_path / "t5.safetensors"]
+    for path in encoders:
+        path.touch()
+    given = ["--erase", "boat, canoe", "--anchor", "a lake", *few(data)]
+    if in_file:
+        given = [str(tmp_path / "boat.yaml")]
+        settings = make_new("network={}").plain()
+        Path(given[0]).write_text(yaml.safe_dump(settings))
+    command = ["extend", str(old), *given, "--checkpoint", str(model), "--force"]
+    command += [part for path in encoders for part in ("--text-encoder", str(path))]
+    done = runner.invoke(app, [*command, "--output", str(tmp_path / "both.safetensors")])
+    assert done.exit_code == 0, done.stderr
+    assert loaded == [ModelFiles(model, tuple(encoders))]
 
 
 @pytest.mark.parametrize("change", ["family", "digest"])

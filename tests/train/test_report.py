@@ -194,6 +194,23 @@ def test_other_settings_start_anew(subject: Subject, tmp_path: Path) -> None:
     assert any(stage.startswith("seed 0") for stage in stages)
 
 
+def test_another_text_encoder_starts_anew(subject: Subject, tmp_path: Path) -> None:
+    part = tmp_path / "t5xxl.safetensors"
+    stages: list[list[str]] = []
+    for content in (b"", b"other", b"other"):
+        part.write_bytes(content)
+        stages.append([])
+        evaluate(
+            replace(subject, parts=(part,)),
+            ASSIGNMENT,
+            tmp_path / "out",
+            report=lambda event: stages[-1].append(event.stage),
+        )
+    first, second, third = stages
+    assert first == second
+    assert len(third) < len(first)
+
+
 def test_a_label_that_the_evaluator_lacks_is_named_first(subject: Subject, tmp_path: Path) -> None:
     ship = Question(Kind.UNRELATED, "a ship", ("ship",), "ship")
     asked = replace(ASSIGNMENT, questions=(*QUESTIONS, ship))

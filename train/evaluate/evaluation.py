@@ -57,6 +57,7 @@ class Subject:
     Attributes:
         path: the pack's file.
         evaluator_name: the spec that found the evaluator.
+        parts: files of the model's parts beside its checkpoint.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Subject:
     model: PictureModel
     evaluator: Evaluator
     evaluator_name: str
+    parts: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         check_family(self.pack, self.model)
@@ -297,6 +299,8 @@ def _digest(subject: Subject, assignment: Assignment) -> str:
         "sampling": asdict(assignment.sampling),
         "torch": torch.__version__,
     }
+    if subject.parts:
+        settings["parts"] = sorted(f"{part.name}, {part.stat().st_size}" for part in subject.parts)
     hashed.update(json.dumps(settings, sort_keys=True).encode())
     return hashed.hexdigest()[:12]
 

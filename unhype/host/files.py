@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pickle
-from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,11 @@ class ModelFiles:
     text_encoders: tuple[Path, ...] = ()
     vae: Path | None = None
 
+    @property
+    def parts(self) -> tuple[Path, ...]:
+        """What is beside the checkpoint."""
+        return (*self.text_encoders, *((self.vae,) if self.vae else ()))
+
     def check_there(self) -> None:
         """Raise ``FileNotFoundError`` if one is missing."""
         kinds = (
@@ -90,50 +95,79 @@ def load_parts(files: ModelFiles, *, pictures: bool) -> Parts:
     name = files.checkpoint.name
     state, metadata = _read(files.checkpoint)
     held = _inspect(name, state)
-    patcher, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
-        state,
-        output_vae=pictures and files.vae is None,
-        output_clip=not files.text_encoders,
-        metadata=metadata,
-    ) or (None, None, None, None)
+    clip, vae = None, None
+    if held.is_whole:
+        patcher, clip, vae, _ = comfy.sd.load_state_dict_guess_config(
+            state,
+            output_vae=pictures and files.vae is None,
+            output_clip=not files.text_encoders,
+            metadata=metadata,
+        ) or (None, None, None, None)
+    else:
+        patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
     if patcher is None:
         raise CheckpointRefusedError(f"ComfyUI cannot load {files.checkpoint}; is it whole?")
     _check_ordinary(name, patcher.model)
-    _check_complete(name, "diffusion model", held.weights, patcher.model.diffusion_model)
+    network = patcher.model.diffusion_model
+    _check_complete(name, "diffusion model", held.weights, _names(network))
     if files.text_encoders:
         clip = _load_text_encoders(files.text_encoders, held.family)
     elif clip is None:
         raise CheckpointRefusedError(
-            f"{name} has no text encoder, and training embeds prompts. Give --text-encoder the files of its text encoders "
-            f"({' and '.join(held.family.text_encoders)}), or a full checkpoint with model and CLIP in one file."
+            f"{name} has no text encoder, and training embeds prompts. Give --text-encoder the file of "
+            f"{_needed(held.family)}, or a full checkpoint with model and CLIP in one file."
         )
     elif getattr(clip.cond_stage_model, READER, None) is None:
         raise CheckpointRefusedError(
             f"{name} has no CLIP-L among its text encoders, which reads the prompts for the hypernetwork. "
-            "Give a full checkpoint with it."
+            f"Give --text-encoder the file of {_needed(held.family)}, or a full checkpoint with it."
         )
     else:
-        _check_complete(name, "text encoder", held.text_weights, clip.cond_stage_model)
-    return Parts(held.family, patcher, clip, _pick_vae(files, vae) if pictures else None)
+        text_model = clip.cond_stage_model
+        _check_complete(name, "text encoder", held.text_weights, _names(text_model))
+    if not pictures:
+        return Parts(held.family, patcher, clip, None)
+    channels = patcher.model.latent_format.latent_channels
+    return Parts(held.family, patcher, clip, _pick_vae(files, vae, channels))
 
 
-def _pick_vae(files: ModelFiles, own: VAE | None) -> VAE:
-    """The VAE of its own file, else the checkpoint's."""
+def _needed(family: FamilySpec) -> str:
+    """Names of a family's text encoders, for a sentence."""
+    needed = [name for name in family.text_encoders if name not in family.optional_encoders]
+    also = f" ({' and '.join(family.optional_encoders)} too, if you use them)"
+    return " and that of ".join(needed) + (also if family.optional_encoders else "")
+
+
+def _is_misfit(error: Exception) -> bool:
+    """Whether the host failed because weights are of something else; memory can run out, too."""
+    return not isinstance(error, RuntimeError) or "loading state_dict" in str(error)
+
+
+def _pick_vae(files: ModelFiles, own: VAE | None, channels: int) -> VAE:
+    """The VAE of its own file, else the checkpoint's; ``channels`` of the model's latents."""
     import comfy.sd
 
+    name = (files.vae or files.checkpoint).name
     if files.vae is not None:
         state, metadata = _read(files.vae)
         # What is none makes a VAE without a model, or fails on the way.
         try:
             own = comfy.sd.VAE(sd=state, metadata=metadata)
-        except (KeyError, RuntimeError) as error:
-            raise CheckpointRefusedError(f"{files.vae.name} is no VAE ({error}).") from error
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            if not _is_misfit(error):
+                raise
+            raise CheckpointRefusedError(f"{name} is no VAE that ComfyUI knows.") from error
     if own is None or own.first_stage_model is None:
         if files.vae is not None:
-            raise CheckpointRefusedError(f"{files.vae.name} is no VAE that ComfyUI knows.")
+            raise CheckpointRefusedError(f"{name} is no VAE that ComfyUI knows.")
         raise CheckpointRefusedError(
-            f"{files.checkpoint.name} has no VAE, which makes pictures of latents. "
-            "Give --vae its file, or a full checkpoint with one."
+            f"{name} has no VAE, which makes pictures of latents. Name its file (`vae` in a config, --vae for `unhype eval`), "
+            "or give a full checkpoint with one."
+        )
+    if own.latent_channels != channels:
+        raise CheckpointRefusedError(
+            f"{name} is a VAE of {own.latent_channels} channels, and the latents of {files.checkpoint.name} have {channels}. "
+            "Give the VAE of its family."
         )
     return own
 
@@ -151,8 +185,8 @@ def _load_text_encoders(paths: Sequence[Path], family: FamilySpec) -> CLIP:
         states.append(state)
     held = [set(state) for state in states]
     wrong = CheckpointRefusedError(
-        f"{names}: these are not the text encoders of {family.title}. Give --text-encoder once for each of "
-        f"{', '.join(family.text_encoders)}, as ComfyUI's CLIP loaders take them."
+        f"{names}: these are not the text encoders of {family.title}. Give --text-encoder the file of {_needed(family)}, "
+        "as ComfyUI's CLIP loaders take them."
     )
     if len(paths) > MOST_ENCODERS:
         raise wrong
@@ -160,24 +194,39 @@ def _load_text_encoders(paths: Sequence[Path], family: FamilySpec) -> CLIP:
         clip = comfy.sd.load_text_encoder_state_dicts(
             states, clip_type=comfy.sd.CLIPType[family.clip_type]
         )
-    except (KeyError, RuntimeError) as error:
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        if not _is_misfit(error):
+            raise
         raise wrong from error
     # The host renames some on the way, and takes others out.
     held = [own | set(state) for own, state in zip(held, states, strict=True)]
     model = clip.cond_stage_model
-    loaded = {encoder for encoder, _ in model.named_children()}
+    encoders = dict(model.named_children())
     wanted = set(family.text_encoders)
-    if not wanted - set(family.optional_encoders) <= loaded <= wanted:
+    if not wanted - set(family.optional_encoders) <= set(encoders) <= wanted:
         raise wrong
-    available = Counter(weight for own in held for weight in own)
-    weights = set()
-    for encoder in sorted(loaded):
-        for name, _ in getattr(model, encoder).named_parameters():
-            weight = name.removeprefix(IN_ENCODER)
-            if available[weight] > 0:
-                available[weight] -= 1
-                weights.add(f"{encoder}.{name}")
-    _check_complete(names, "text encoders", weights, model)
+    if len(encoders) != len(paths):
+        raise wrong
+    # Names as in the host's module, by their names in a file.
+    weights = [
+        {
+            name.removeprefix(IN_ENCODER): f"{encoder}.{name}"
+            for name, _ in module.named_parameters()
+        }
+        for encoder, module in encoders.items()
+    ]
+    # Which file is whose: as they have most names in common.
+    order = max(
+        permutations(range(len(paths))),
+        key=lambda order: sum(
+            len(own.keys() & held[index]) for own, index in zip(weights, order, strict=True)
+        ),
+    )
+    for own, index in zip(weights, order, strict=True):
+        there = {own[name] for name in own.keys() & held[index]}
+        if len(there) < len(own) / 2:
+            raise wrong
+        _check_complete(paths[index].name, "text encoder", there, own.values())
     return clip
 
 
@@ -188,11 +237,13 @@ class _Held:
     Attributes:
         weights: names of the diffusion model's weights as the host's module has them.
         text_weights: the same of the text encoders in the file, with others.
+        is_whole: whether it may hold more than the diffusion model.
     """
 
     family: FamilySpec
     weights: set[str]
     text_weights: set[str]
+    is_whole: bool
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
@@ -226,14 +277,14 @@ def _inspect(name: str, state: dict[str, Any]) -> _Held:
     # Without their values, in a dictionary of its own: the host takes names out of it and rewrites others.
     empty = {key: value.to("meta") for key, value in state.items() if isinstance(value, Tensor)}
     prefix = unet_prefix_from_state_dict(empty)
-    if not any(key.startswith(prefix) for key in empty):
-        prefix = ""  # the diffusion model alone
+    is_whole = any(key.startswith(prefix) for key in empty)
+    prefix = prefix if is_whole else ""
     config = model_config_from_unet(empty, prefix)
     known = ", ".join(spec.title for spec in FAMILIES.values())
     if config is None:
         raise CheckpointRefusedError(
-            f"{name} holds no diffusion model that ComfyUI knows (LoRA, VAE and text encoder files hold none). "
-            f"Give a model file of {known}."
+            f"{name} holds no diffusion model that ComfyUI knows (LoRA, VAE and text encoder files hold none, and diffusers' "
+            f"layout is not read). Give a model file of {known}."
         )
     host_class = type(config).__name__
     family = family_of_host_class(host_class)
@@ -242,7 +293,8 @@ def _inspect(name: str, state: dict[str, Any]) -> _Held:
             f"{name} is a model of class {host_class}. This version trains on {known}."
         )
     weights = {key.removeprefix(prefix) for key in empty if key.startswith(prefix)}
-    return _Held(family, weights, set(config.process_clip_state_dict(empty)))
+    text_weights = set(config.process_clip_state_dict(empty)) if is_whole else set()
+    return _Held(family, weights, text_weights, is_whole)
 
 
 def _check_ordinary(name: str, model: BaseModel) -> None:
@@ -254,9 +306,14 @@ def _check_ordinary(name: str, model: BaseModel) -> None:
         )
 
 
-def _check_complete(source: str, what: str, held: Set[str], module: nn.Module) -> None:
-    """Refuse files that lack weights: the host leaves them at whatever the memory held."""
-    wanted = {name for name, _ in module.named_parameters() if not name.endswith(OPTIONAL)}
+def _names(module: nn.Module) -> list[str]:
+    """Of its weights."""
+    return [name for name, _ in module.named_parameters()]
+
+
+def _check_complete(source: str, what: str, held: Set[str], weights: Iterable[str]) -> None:
+    """Refuse a file that lacks some of these weights: the host leaves them at whatever the memory held."""
+    wanted = {name for name in weights if not name.endswith(OPTIONAL)}
     if missing := wanted - held:
         raise CheckpointRefusedError(
             f"{source} lacks {len(missing)} of the {len(wanted)} weights of its {what}, for example {min(missing)}. "
