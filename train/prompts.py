@@ -15,10 +15,6 @@ LONGEST = 45
 
 PLAIN_TEMPLATE = "a photo of a {}"
 """The plainest sentence about a thing."""
-PLAINEST = ("{}", "a {}", "the {}")
-"""Templates without any other word, which leave most to the concept's own."""
-PROMPTS_FOR_A_PLAIN_ONE = 6
-"""Of a concept's prompts at most one in so many is made of them."""
 
 MINORS = (
     "baby",
@@ -88,30 +84,17 @@ def fill(template: str, *phrases: str) -> str:
     return text
 
 
-def forget_prompts(
-    config: TrainConfig, num: int, *, rng: random.Random, plain_first: bool = False
-) -> list[ForgetPrompt]:
-    """Prompts in which every concept and phrase has an equal share, some beside a retain phrase.
-
-    With ``plain_first`` the first ones name each concept in nothing but an article, as far as such templates are the config's and
-    they are few among ``num``.
-    """
+def forget_prompts(config: TrainConfig, num: int, *, rng: random.Random) -> list[ForgetPrompt]:
+    """Prompts in which every concept and phrase has an equal share, some beside a retain phrase."""
     templates = split_templates(config.templates)
     phrases = [_cycle(concept.target, rng) for concept in config.concepts]
     singles, pairs = _cycle(templates.single, rng), _cycle(templates.pair, rng)
     beside = [phrase for phrase in config.retain if not mentions(phrase, MINORS)]
     others = _cycle(beside, rng)
-    room = num // (len(config.concepts) * PROMPTS_FOR_A_PLAIN_ONE) if plain_first else 0
-    plain = [form for form in PLAINEST if form in templates.single][:room]
     prompts = []
     for index in range(num):
         concept = index % len(config.concepts)
         target, anchor = next(phrases[concept]), config.concepts[concept].anchor
-        if index < len(plain) * len(config.concepts):
-            form = plain[index // len(config.concepts)]
-            name = config.concepts[concept].target[0]
-            prompts.append(ForgetPrompt(concept, fill(form, name), fill(form, anchor)))
-            continue
         if rng.random() < config.trajectories.scene_share and beside:
             template, other = next(pairs), next(others)
             order = rng.random() < 0.5

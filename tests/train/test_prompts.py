@@ -54,26 +54,6 @@ def test_concepts_and_phrases_have_equal_shares(make: Make) -> None:
     assert kitties == 20
 
 
-@pytest.mark.parametrize(("num", "plain"), [(11, 0), (12, 1), (30, 2), (200, 3)])
-def test_names_alone_come_first_where_there_is_room(make: Make, num: int, plain: int) -> None:
-    config = make(TWO_CONCEPTS)
-    prompts = forget_prompts(config, num, rng=random.Random(0), plain_first=True)
-    assert len(prompts) == num
-    first, second = (concept.target[0] for concept in config.concepts)
-    wanted = [first, second, f"a {first}", f"a {second}", f"the {first}", f"the {second}"]
-    assert [prompt.text for prompt in prompts[: 2 * plain]] == wanted[: 2 * plain]
-    assert [prompt.concept for prompt in prompts] == [index % 2 for index in range(num)]
-    assert all(prompt.anchor and prompt.anchor != prompt.text for prompt in prompts)
-    if not plain:
-        assert prompts == forget_prompts(config, num, rng=random.Random(0))
-
-
-def test_names_alone_come_only_in_the_configs_own_templates(make: Make) -> None:
-    config = make("templates=['a {} of dreams', 'the {}', 'a {} and a {} of dreams']")
-    prompts = forget_prompts(config, 100, rng=random.Random(0), plain_first=True)
-    assert prompts[0].text == f"the {config.concepts[0].target[0]}"
-
-
 def test_a_share_of_forget_prompts_shows_something_to_keep(make: Make) -> None:
     config = make("trajectories.scene_share=0.5")
     prompts = forget_prompts(config, 200, rng=random.Random(0))
