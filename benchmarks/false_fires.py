@@ -16,25 +16,22 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from demo.world.bench import DemoWorld
 from demo.world.concepts import load_held_out
 from train.calibrate import CalibrationError, in_batches, read_captions, recalibrate
 from train.denoiser import reader
 from train.evaluate.base import PictureModel
-from train.gate import READ_AT_ONCE
 from train.phrases import mentions
 from unhype import checkpoint
 from unhype.checkpoint import Pack
-from unhype.gate import Gate
 from unhype.host.bypass import find_targets
 from unhype.host.guard import Guard
 
 from . import machine
 from .models import Subject, load_demo
+from .thresholds import EMBEDDED_AT_ONCE, fired
 
-EMBEDDED_AT_ONCE = 256
 SIZE, STEPS, GUIDANCE, SAMPLER, SCHEDULER = 64, 12, 5.0, "euler", "normal"
 MOST_TOKENS = 77
 
@@ -102,8 +99,8 @@ def measure(
         )
     embed = in_batches(reader(model, pack), EMBEDDED_AT_ONCE, lambda *_: None)
     spoken = embed(others)
-    fires = _open(pack.gate, spoken)
-    quiet = [text for text, fired in zip(others, fires.tolist(), strict=True) if not fired]
+    fires = fired(pack.gate, spoken)
+    quiet = [text for text, acts in zip(others, fires.tolist(), strict=True) if not acts]
     chosen = quiet[:: max(1, len(quiet) // pictures)][:pictures] if draw and pictures else []
     found = FalseFires(
         concepts=len(pack.info.concepts),
@@ -117,20 +114,13 @@ def measure(
         result = recalibrate(pack, embed, own, budget)
     except CalibrationError as error:
         return replace(found, refused=str(error))
-    after = _open(pack.gate, spoken, result.threshold)
+    after = fired(pack.gate, spoken, result.threshold)
     return replace(
         found,
         after=after.float().mean().item(),
         missed_before=result.before.miss_rate,
         missed_after=result.calibration.miss_rate,
     )
-
-
-@torch.no_grad()
-def _open(gate: Gate, embeddings: Tensor, threshold: float | None = None) -> Tensor:
-    """Which prompts fire anything, (prompts,)."""
-    parts = embeddings.split(READ_AT_ONCE)
-    return torch.cat([gate.read(part, threshold=threshold).open for part in parts])
 
 
 def drawing(subject: Subject) -> Draw:

@@ -96,10 +96,10 @@ def judge(
     for position in POSITIONS:
         gate = copy.deepcopy(pack.gate)
         calibrate(gate, material, _placed(config, position))
-        fires = dict(zip(texts, _open(gate, asked).tolist(), strict=True))
+        fires = dict(zip(texts, fired(gate, asked).tolist(), strict=True))
         answers = tuple(_silenced(a) if not fires[a.question.text] else a for a in cell.answers)
         known = all(a.acts for a in cell.answers if fires[a.question.text])
-        share = None if captions is None else _open(gate, captions).float().mean().item()
+        share = None if captions is None else fired(gate, captions).float().mean().item()
         outcomes[position] = Outcome(answers if known else None, share)
     return outcomes
 
@@ -110,9 +110,10 @@ def _placed(config: TrainConfig, position: float) -> TrainConfig:
 
 
 @torch.no_grad()
-def _open(gate: Gate, embeddings: Tensor) -> Tensor:
+def fired(gate: Gate, embeddings: Tensor, threshold: float | None = None) -> Tensor:
     """Which prompts fire anything, (prompts,)."""
-    return torch.cat([gate.read(part).open for part in embeddings.split(READ_AT_ONCE)])
+    parts = embeddings.split(READ_AT_ONCE)
+    return torch.cat([gate.read(part, threshold=threshold).open for part in parts])
 
 
 def _silenced(answer: Answer) -> Answer:

@@ -168,14 +168,7 @@ def train(
     On several devices: accelerate launch -m train.cli train CONFIG
     """
     with _errors_as_sentences():
-        words = Shorthand(
-            model,
-            tuple(erase or ()),
-            tuple(anchor or ()),
-            retain,
-            output,
-            tuple(text_encoder or ()),
-        )
+        words = _words(model, erase, anchor, retain, output, text_encoder)
         settings = _settings(config, words, overrides)
         is_main = PartialState(cpu=not has_accelerator()).is_main_process
         if is_main:
@@ -211,14 +204,7 @@ def plan(
     Takes what `train` takes.
     """
     with _errors_as_sentences():
-        words = Shorthand(
-            model,
-            tuple(erase or ()),
-            tuple(anchor or ()),
-            retain,
-            output,
-            tuple(text_encoder or ()),
-        )
+        words = _words(model, erase, anchor, retain, output, text_encoder)
         settings = _settings(config, words, overrides)
         with _progress(Console(stderr=True)) as report:
             begin = time.monotonic()
@@ -348,22 +334,20 @@ def extend(
     unhype extend PACK CONFIG
     """
     with _errors_as_sentences():
-        pack, encoders = checkpoint.load(file), tuple(text_encoder or ())
+        pack = checkpoint.load(file)
         if config is None:
             if output is None:
                 raise ConfigError("--output is missing: give the pack to write, another than PACK.")
-            words = Shorthand(
-                model, tuple(erase or ()), tuple(anchor or ()), retain, output, encoders
-            )
+            words = _words(model, erase, anchor, retain, output, text_encoder)
             settings = _settings(None, words, overrides)
         else:
             given = {
                 "checkpoint": model and str(model),
-                "text_encoders": [str(path) for path in encoders],
+                "text_encoders": [str(path) for path in text_encoder or ()],
                 "output": output and str(output),
             }
             paths = [f"{name}={json.dumps(value)}" for name, value in given.items() if value]
-            words = Shorthand(None, tuple(erase or ()), tuple(anchor or ()), retain)
+            words = _words(None, erase, anchor, retain)
             settings = _settings(config, words, [*(overrides or []), *paths])
         settings = extending.fitting(pack, settings)
         is_main = PartialState(cpu=not has_accelerator()).is_main_process
@@ -523,6 +507,19 @@ def inspect(file: PackPath, as_json: AsJson = False) -> None:
             print(json.dumps({"bytes": file.stat().st_size, **checkpoint.to_plain(info)}, indent=2))
         else:
             _show(file.name, _describe(file, info))
+
+
+def _words(
+    model: Path | None,
+    erase: list[str] | None,
+    anchor: list[str] | None,
+    retain: str | None,
+    output: Path | None = None,
+    text_encoder: list[Path] | None = None,
+) -> Shorthand:
+    """What the options say of a run."""
+    encoders = tuple(text_encoder or ())
+    return Shorthand(model, tuple(erase or ()), tuple(anchor or ()), retain, output, encoders)
 
 
 def _settings(config: Path | None, words: Shorthand, overrides: list[str] | None) -> TrainConfig:
