@@ -152,6 +152,26 @@ def test_the_check_of_the_gradient_bears_half_precision(
     check_gradient(rounded, *states(tiny), text)
 
 
+def test_half_precision_holds_gradients_as_small_as_a_mean_makes_them(
+    tiny: Tiny, denoiser: Denoiser, text: TextBatch
+) -> None:
+    half = make_tiny(tiny.host_class, torch.float16)
+    denoiser._model.diffusion_model.load_state_dict(half.network.state_dict())
+    rounded = Denoiser(half.model, denoiser._text, tiny.spec, "half.safetensors")
+
+    def gradients(model: Denoiser, share: float) -> Tensor:
+        factors = factors_of(denoiser)
+        for factor in (*factors.down, *factors.up, factors.scale):
+            factor.requires_grad_()
+        (model.predict(*states(tiny), text, factors).square().sum() * share).backward()
+        found = [f.grad for f in (*factors.down, *factors.up, factors.scale)]
+        return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+    large, small = gradients(rounded, 1.0), gradients(rounded, 2.0**-30)
+    torch.testing.assert_close(small * 2.0**30, large, rtol=1e-6, atol=0)
+    assert relative(large, gradients(denoiser, 1.0)) <= 0.05
+
+
 def test_a_rollout_passes_the_states_of_the_hosts_sampler(
     tiny: Tiny, denoiser: Denoiser, clip: Any
 ) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +21,9 @@ from ..families import TargetPattern
 from ..lora import LoRAFactors, TargetModule
 
 Forward = Callable[..., Tensor]
+Indices = tuple[int, ...]
+"""Of targets in their list."""
+Products = list[dict[int, Tensor]]
 COMPILED = "_orig_mod"
 CHUNK = 77
 """Tokens that a CLIP encodes at a time."""
@@ -138,9 +140,8 @@ class RowTable:
 
     def __init__(self, factors: LoRAFactors) -> None:
         self.factors = factors
-        self._prepared: dict[
-            tuple[torch.device, torch.dtype, tuple[int, ...]], list[tuple[Tensor, Tensor]]
-        ] = {}
+        self._prepared: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Prepared] = {}
+        self._companions: dict[Indices, Indices] = {}
 
     @contextmanager
     def adapted(
@@ -155,70 +156,162 @@ class RowTable:
         if all(row is None for row in rows):
             yield
             return
-        table = [rows[start : start + chunks] for start in range(0, len(rows), chunks)]
-        alike = all(len(set(row)) == 1 for row in table)
-        whole = find_spans([row[0] for row in table])
-
-        @cache
-        def split_spans(repeats: int, parts: int) -> tuple[Span, ...]:
-            """Spans over a layer's input each of whose rows is taken in so many parts."""
-            return find_spans(
-                [
-                    row[part % chunks]
-                    for row in table
-                    for _ in range(repeats)
-                    for part in range(parts)
-                ]
-            )
-
-        def lay_out(x: Tensor, site: Site) -> tuple[tuple[Span, ...], int, int]:
-            """Spans, rows of the input for one of theirs, and the parts of each row of the input."""
-            repeats = _repeats(x, len(table), site)
-            if alike:
-                return whole, repeats, 1
-            parts = _parts(x, site)
-            return split_spans(repeats, parts), 1, parts
+        call = _Call(self, [rows[start : start + chunks] for start in range(0, len(rows), chunks)])
 
         def make(site: Site, inner: Forward) -> Forward:
+            own = tuple(index for index, _ in site.parts)
+
             def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-                spans, repeats, parts = lay_out(x, site)
+                layout = call.lay_out(x, site)
                 # down x comes before W x: some quantised layers change their input in place.
-                inside, split = [], _split(x, parts)
-                for span in spans:
-                    factors = self._prepare(x, span.rows, repeats)
-                    part = split.narrow(0, span.start * repeats, len(span.rows) * repeats)
-                    for index, target in site.parts:
-                        down, up = factors[index]
-                        inside.append((span, target, _per_row(part, down), up))
+                hidden = call.project(x, own, layout)
                 y = inner(x, *args, **kwargs)
-                split = _split(y, parts)
-                for span, target, hidden, up in inside:
-                    part = split.narrow(0, span.start * repeats, len(span.rows) * repeats)
-                    part = part.narrow(-1, target.start, target.out_features)
-                    _add_per_row(part, hidden, up)
+                split = _split(y, layout.parts)
+                for stretch, products in zip(layout.stretches, hidden, strict=True):
+                    changed = split.narrow(0, stretch.start, stretch.length)
+                    for index, target in site.parts:
+                        part = changed
+                        if target.is_slice:
+                            part = changed.narrow(-1, target.start, target.out_features)
+                        _add_per_row(part, products[index], stretch.factors.up[index])
                 return y
 
             return forward
 
         with _overridden(sites, make):
             yield
+        self._companions = call.companions
 
-    def _prepare(
-        self, x: Tensor, rows: tuple[int, ...], repeats: int
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Factors (down, scale * up) of every target: one matrix where the rows are all the same, else one a row."""
+    def companions(self, parts: Indices) -> Indices:
+        """Targets whose layers were given the same input in the last call as the layer of these, themselves the first."""
+        return self._companions.get(parts, parts)
+
+    def prepare(
+        self, device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], repeats: int
+    ) -> Prepared:
+        """Factors of some rows of the table, each for as many rows of the input."""
         wanted = rows[:1] if len(set(rows)) == 1 else tuple(r for r in rows for _ in range(repeats))
-        key = (x.device, x.dtype, wanted)
+        key = (device, dtype, wanted)
         if key not in self._prepared:
             chosen = self.factors.rows(list(wanted))
             scale = chosen.scale.view(-1, 1, 1)
-            pairs = [(d, u * scale) for d, u in zip(chosen.down, chosen.up, strict=True)]
-            if len(wanted) == 1:
-                pairs = [(down[0], up[0]) for down, up in pairs]
-            self._prepared[key] = [
-                (d.to(x.device, x.dtype), u.to(x.device, x.dtype)) for d, u in pairs
-            ]
+            down = [d[0] if len(wanted) == 1 else d for d in chosen.down]
+            up = [(u * scale).mT for u in chosen.up]
+            self._prepared[key] = Prepared(
+                [d.to(device, dtype) for d in down], [u.to(device, dtype) for u in up]
+            )
         return self._prepared[key]
+
+
+class Prepared:
+    """Factors of every target in a model's precision: ``down`` (rank, in) and ``scale up`` transposed, (1, rank, out), for rows
+    that are all the same; else both with the batch before them."""
+
+    def __init__(self, down: list[Tensor], up: list[Tensor]) -> None:
+        self._down, self.up = down, up
+        self._stacked: dict[Indices, tuple[Tensor, list[int]]] = {}
+
+    def stack(self, indices: Indices) -> tuple[Tensor, list[int]]:
+        """``down`` of some targets below each other, and the rank of each."""
+        if indices not in self._stacked:
+            parts = [self._down[index] for index in indices]
+            down = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
+            self._stacked[indices] = down, [part.shape[-2] for part in parts]
+        return self._stacked[indices]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Neighbouring rows of a layer's input that have factors."""
+
+    start: int
+    length: int
+    factors: Prepared
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a layer's input falls into rows.
+
+    Attributes:
+        parts: of 77 tokens in each of its rows, if they have factors of their own; else 1.
+    """
+
+    parts: int
+    stretches: tuple[Stretch, ...]
+
+
+class _Call:
+    """One call of the model, in which layers that are given the very same input share one product with all their ``down``.
+
+    Attention to a text asks every layer about the same states. Which layers do is seen in one call and used in the next; a
+    layer that then gets another input computes its own.
+
+    Args:
+        numbers: for each row of the batch, its row of the table for each of its chunks.
+
+    Attributes:
+        companions: for the first site given an input, the targets of all that were given it.
+    """
+
+    def __init__(self, table: RowTable, numbers: Sequence[Sequence[int | None]]) -> None:
+        self._table, self._numbers = table, numbers
+        self._alike = all(len(set(row)) == 1 for row in numbers)
+        self._layouts: dict[tuple[torch.Size, torch.dtype, torch.device], Layout] = {}
+        self._input: Tensor | None = None
+        self._first: Indices = ()
+        self._products: Products = []
+        self.companions: dict[Indices, Indices] = {}
+
+    def lay_out(self, x: Tensor, site: Site) -> Layout:
+        """Where in a layer's input the rows are that have factors."""
+        key = (x.shape, x.dtype, x.device)
+        if key not in self._layouts:
+            self._layouts[key] = self._lay_out(x, site)
+        return self._layouts[key]
+
+    def _lay_out(self, x: Tensor, site: Site) -> Layout:
+        repeats, parts = _repeats(x, len(self._numbers), site), 1
+        spans = [row[0] for row in self._numbers]
+        if not self._alike:
+            parts = _parts(x, site)
+            spans = [
+                row[part % len(row)]
+                for row in self._numbers
+                for _ in range(repeats)
+                for part in range(parts)
+            ]
+            repeats = 1
+        stretches = [
+            Stretch(
+                span.start * repeats,
+                len(span.rows) * repeats,
+                self._table.prepare(x.device, x.dtype, span.rows, repeats),
+            )
+            for span in find_spans(spans)
+        ]
+        return Layout(parts, tuple(stretches))
+
+    def project(self, x: Tensor, own: Indices, layout: Layout) -> Products:
+        """``down x`` for the rows of every stretch, by target; at least of the targets that are asked for."""
+        if x is not self._input:
+            self._input, self._first = x, own
+            self.companions[own] = own
+            self._products = self._project(x, self._table.companions(own), layout)
+            return self._products
+        self.companions[self._first] += own
+        if self._products and own[0] in self._products[0]:
+            return self._products
+        return self._project(x, own, layout)
+
+    def _project(self, x: Tensor, indices: Indices, layout: Layout) -> Products:
+        split, products = _split(x, layout.parts), []
+        for stretch in layout.stretches:
+            down, ranks = stretch.factors.stack(indices)
+            product = _per_row(split.narrow(0, stretch.start, stretch.length), down)
+            shares = product.split(ranks, -1) if len(indices) > 1 else (product,)
+            products.append(dict(zip(indices, shares, strict=True)))
+        return products
 
 
 def find_spans(rows: Sequence[int | None]) -> tuple[Span, ...]:
@@ -242,11 +335,14 @@ def _per_row(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _add_per_row(y: Tensor, x: Tensor, weight: Tensor) -> None:
-    """Add ``_per_row(x, weight)`` to y (batch, ..., out) in place: in one pass over memory, and in half precision rounded once."""
+    """Add x (batch, ..., in) weight (1 or batch, in, out) to y (batch, ..., out) in place: in one pass over memory, and in half
+    precision rounded once."""
+    if x.dtype != y.dtype:
+        x, weight = x.to(y.dtype), weight.to(y.dtype)
     if y.dim() == 3:
-        y.baddbmm_(x.to(y.dtype), weight.to(y.dtype).mT.expand(len(x), -1, -1))
+        y.baddbmm_(x, weight if len(weight) == len(x) else weight.expand(len(x), -1, -1))
     else:
-        y.add_(_per_row(x, weight).view(y.shape))
+        y.add_((x.reshape(len(x), -1, x.shape[-1]) @ weight).view(y.shape))
 
 
 def _parts(x: Tensor, site: Site) -> int:

@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ..lora import LoRAFactors, TargetModule
 from .bypass import Site, adapted, find_sites, find_targets
 from .euler import draw_noise, euler, guide, keep, on_first
 from .files import CheckpointRefusedError, ModelFiles, load_parts
+from .lift import GradientLift
 from .locate import find_comfyui, use_as_library
 from .text import TextBatch, TextEncoder, Tokens
 
@@ -163,6 +165,12 @@ class Denoiser:
                 f"got {', '.join(map(str, counts))}."
             )
         model, sampling, dtype = self._model, self._model.model_sampling, self._dtype
+        lift = GradientLift()
+        if dtype == torch.float16:
+            x_t, factors = lift.before(x_t), None if factors is None else _through(factors, lift)
+            text = replace(
+                text, cross=lift.before(text.cross), host_pooled=lift.before(text.host_pooled)
+            )
         arguments = self._arguments(x_t, text)
         times = model.process_timestep(sampling.timestep(sigma).float(), x=x_t, **arguments)
         with self._adapted(factors):
@@ -172,7 +180,8 @@ class Denoiser:
                 transformer_options={"optimized_attention_override": _plain_attention},
                 **arguments,
             )
-        return prediction.float()
+        prediction = prediction.float()
+        return lift.after(prediction) if dtype == torch.float16 else prediction
 
     def _arguments(self, x_t: Tensor, text: TextBatch) -> dict[str, Any]:
         """What the network takes beside states and times, made as the host's samplers make it of a conditioning."""
@@ -337,10 +346,21 @@ class Denoiser:
             rows = (
                 layer.get_parameter("weight").detach().narrow(0, target.start, target.out_features)
             )
-            weight = rows.cpu().contiguous()
+            # In one precision: which one the host loads a file in depends on the device.
+            weight = rows.to(torch.float16).cpu().contiguous()
             hashed.update(f"{target.name} {tuple(weight.shape)} {weight.dtype}".encode())
             hashed.update(weight.view(torch.uint8).numpy().tobytes())
         return hashed.hexdigest()[:DIGEST_LENGTH]
+
+
+def _through(factors: LoRAFactors, lift: GradientLift) -> LoRAFactors:
+    """The factors, their gradient divided by what ``lift`` multiplies it with."""
+    return replace(
+        factors,
+        down=tuple(map(lift.before, factors.down)),
+        up=tuple(map(lift.before, factors.up)),
+        scale=lift.before(factors.scale),
+    )
 
 
 def _overwritten(diffusion_model: nn.Module) -> tuple[nn.Module, ...]:

@@ -1,0 +1,59 @@
+"""A gradient that half precision can hold.
+
+A loss that is a mean over latents gives each of them a gradient around 1e-6, and float16 ends at 6e-8: inside a network of that
+precision most of it would be lost. So it is made larger on the way in and as much smaller on the way out; powers of two, which
+round nothing. Unlike a scale of the loss, this needs no guess and never overflows at the entrance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOP = 2.0**-4
+"""About as large as the largest part of a gradient becomes: further inside they grow where they are summed over tokens."""
+
+
+class GradientLift:
+    """For one call of a network: its arguments go through ``before``, its result through ``after``."""
+
+    def __init__(self) -> None:
+        self.factor: Tensor | None = None
+
+    def before(self, argument: Tensor) -> Tensor:
+        """The argument, whose gradient will be divided; one that needs no gradient is returned as it is."""
+        return _Lower.apply(argument, self) if argument.requires_grad else argument  # pyright: ignore[reportReturnType]
+
+    def after(self, result: Tensor) -> Tensor:
+        """The result, the largest part of whose gradient will be about ``TOP``."""
+        return _Lift.apply(result, self) if result.requires_grad else result  # pyright: ignore[reportReturnType]
+
+
+class _Lift(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, lift: GradientLift) -> Tensor:
+        ctx.lift = lift
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        with torch.no_grad():
+            largest = gradient.detach().abs().amax()
+            usable = torch.isfinite(largest) & (largest > 0)
+            ctx.lift.factor = TOP * torch.exp2(-torch.where(usable, largest, 1.0).log2().floor())
+        return gradient * ctx.lift.factor, None
+
+
+class _Lower(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, argument: Tensor, lift: GradientLift) -> Tensor:
+        ctx.lift = lift
+        return argument.view_as(argument)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = gradients
+        return gradient / ctx.lift.factor, None
