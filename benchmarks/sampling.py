@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+import torch.nn.functional as F
 import typer
 from rich.box import SIMPLE
 from rich.console import Console
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
 PROMPTS = ("a photo of a cat", "a drawing of two dogs", "a boat on a lake at night", "an apple")
-GUIDANCE, SAMPLER, SCHEDULER, SEED = 5.0, "euler", "normal", 0
+SAMPLER, SCHEDULER, SEED = "euler", "normal", 0
 
 Conditioning = Sequence[Entry]
 Attached = tuple["ModelPatcher", Conditioning]
@@ -152,16 +153,22 @@ def two_forwards(case: Case) -> Attached:
 VARIANTS = {
     variant.__name__: variant for variant in (plain, active, guarded, safe, hook_lora, two_forwards)
 }
-SUBJECTS = {build.__name__: build for build in (models.demo, models.sd15_full, models.sd3)}
+UNGUIDED = tuple(name for name in VARIANTS if name != two_forwards.__name__)
+"""Without guidance there is one call of the network a step anyway."""
+SUBJECTS = {
+    build.__name__: build for build in (models.demo, models.sd15_full, models.sd3, models.flux)
+}
 ON_CPU = {
     models.demo: Plan(64, steps=8, seconds=25, batch_seconds=15),
     models.sd15_full: Plan(256, steps=3, seconds=165, batch_seconds=95),
     models.sd3: Plan(256, steps=3, seconds=50, batch_seconds=30),
+    models.flux: Plan(256, 3, 40, 0, batch_variants=(), variants=UNGUIDED),
 }
 ON_ACCELERATOR = {
     models.demo: Plan(64, 20, 30, 30, tuple(VARIANTS)),
     models.sd15_full: Plan(512, 20, 90, 90, tuple(VARIANTS)),
     models.sd3: Plan(1024, 10, 90, 90, tuple(VARIANTS)),
+    models.flux: Plan(1024, 10, 60, 60, UNGUIDED, UNGUIDED),
 }
 QUICK = {models.demo: Plan(32, steps=2, seconds=0, batch_seconds=0)}
 LEAST_ROUNDS = 2
@@ -320,7 +327,7 @@ def _sample(case: Case, variant: Callable[[Case], Attached], plan: Plan) -> Run:
             model,
             noise,
             plan.steps,
-            GUIDANCE,
+            case.subject.guidance,
             SAMPLER,
             SCHEDULER,
             positive,
@@ -368,11 +375,12 @@ def _encode(subject: Subject, prompts: Sequence[str]) -> Conditioning:
         subject.clip.encode_from_tokens_scheduled(subject.clip.tokenize(prompt))[0]
         for prompt in prompts
     ]
-    if len(encoded) == 1:
+    if len(encoded) == 1 and not subject.states_width:
         return encoded
     states = torch.cat([entry[0] for entry in encoded])
     pooled = torch.cat([entry[1]["pooled_output"] for entry in encoded])
-    return [[states, {"pooled_output": pooled}]]
+    missing = max(0, subject.states_width - states.shape[-1])
+    return [[F.pad(states, (0, missing)), {"pooled_output": pooled}]]
 
 
 def _now(result: Tensor) -> float:
