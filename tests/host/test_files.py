@@ -125,6 +125,21 @@ def test_a_text_encoder_that_lacks_a_weight_is_refused(
     )
 
 
+def test_a_vae_that_lacks_a_weight_is_refused(
+    refuse: Refuse, checkpoint: Path, parts: dict[str, Path], tmp_path: Path
+) -> None:
+    def cut(source: Path) -> Path:
+        with safe_open(source, "pt") as file:
+            names = [name for name in file.keys() if not name.endswith("taesd_decoder.1.bias")]  # noqa: SIM118
+            save_file({name: file.get_tensor(name) for name in names}, tmp_path / source.name)
+        return tmp_path / source.name
+
+    lacks = r"lacks 1 of .* VAE, for example taesd_decoder\.1\.bias"
+    in_parts = ModelFiles(parts["model"], (parts["clip"],), cut(parts["vae"]))
+    refuse(in_parts, rf"world-vae\.safetensors {lacks}", pictures=True)
+    refuse(ModelFiles(cut(checkpoint)), lacks, pictures=True)
+
+
 def test_missing_files_are_named(comfy: Path, parts: dict[str, Path], tmp_path: Path) -> None:
     for files, what in (
         (ModelFiles(parts["model"], (tmp_path / "no.safetensors",)), "text encoder"),

@@ -35,6 +35,10 @@ MOST_ENCODERS = 3
 """Of one model; the host takes four files for models of other families."""
 QUANTIZATION = "_quantization_metadata"
 """Where the host looks for how a file's weights are quantized."""
+DECODER = ("decoder.", "post_quant_conv.", "taesd_decoder.")
+"""What of a VAE makes pictures."""
+DIFFUSERS_VAE = "decoder.up_blocks.0.resnets.0.norm1.weight"
+"""A weight by which the host tells diffusers' layout."""
 
 
 class CheckpointRefusedError(ValueError):
@@ -128,7 +132,7 @@ def load_parts(files: ModelFiles, *, pictures: bool) -> Parts:
     if not pictures:
         return Parts(held.family, patcher, clip, None)
     channels = patcher.model.latent_format.latent_channels
-    return Parts(held.family, patcher, clip, _pick_vae(files, vae, channels))
+    return Parts(held.family, patcher, clip, _pick_vae(files, vae, channels, held=held.vae_weights))
 
 
 def _needed(family: FamilySpec) -> str:
@@ -143,13 +147,19 @@ def _is_misfit(error: Exception) -> bool:
     return not isinstance(error, RuntimeError) or "loading state_dict" in str(error)
 
 
-def _pick_vae(files: ModelFiles, own: VAE | None, channels: int) -> VAE:
-    """The VAE of its own file, else the checkpoint's; ``channels`` of the model's latents."""
+def _pick_vae(files: ModelFiles, own: VAE | None, channels: int, *, held: Set[str]) -> VAE:
+    """The VAE of its own file, else the checkpoint's.
+
+    Args:
+        channels: of the model's latents.
+        held: names of what the checkpoint holds of its VAE.
+    """
     import comfy.sd
 
     name = (files.vae or files.checkpoint).name
     if files.vae is not None:
         state, metadata = _read(files.vae)
+        held = _names_of_vae(state)
         # What is none makes a VAE without a model, or fails on the way.
         try:
             own = comfy.sd.VAE(sd=state, metadata=metadata)
@@ -169,7 +179,20 @@ def _pick_vae(files: ModelFiles, own: VAE | None, channels: int) -> VAE:
             f"{name} is a VAE of {own.latent_channels} channels, and the latents of {files.checkpoint.name} have {channels}. "
             "Give the VAE of its family."
         )
+    makes_pictures = [w for w in _names(own.first_stage_model) if w.startswith(DECODER)]
+    if (
+        len(held.intersection(makes_pictures)) > len(makes_pictures) / 2
+    ):  # else the host renames them
+        _check_complete(name, "VAE", held, makes_pictures)
     return own
+
+
+def _names_of_vae(state: dict[str, Any]) -> set[str]:
+    """Of a VAE's weights, as the host's module has them; diffusers' layout is another."""
+    from comfy.diffusers_convert import convert_vae_state_dict
+
+    empty = {key: value.to("meta") for key, value in state.items() if isinstance(value, Tensor)}
+    return set(convert_vae_state_dict(empty) if DIFFUSERS_VAE in empty else empty)
 
 
 def _load_text_encoders(paths: Sequence[Path], family: FamilySpec) -> CLIP:
@@ -237,12 +260,14 @@ class _Held:
     Attributes:
         weights: names of the diffusion model's weights as the host's module has them.
         text_weights: the same of the text encoders in the file, with others.
+        vae_weights: the same of the VAE.
         is_whole: whether it may hold more than the diffusion model.
     """
 
     family: FamilySpec
     weights: set[str]
     text_weights: set[str]
+    vae_weights: set[str]
     is_whole: bool
 
 
@@ -294,7 +319,13 @@ def _inspect(name: str, state: dict[str, Any]) -> _Held:
         )
     weights = {key.removeprefix(prefix) for key in empty if key.startswith(prefix)}
     text_weights = set(config.process_clip_state_dict(empty)) if is_whole else set()
-    return _Held(family, weights, text_weights, is_whole)
+    vae_weights = {
+        key.removeprefix(prefix)
+        for prefix in config.vae_key_prefix
+        for key in empty
+        if key.startswith(prefix)
+    }
+    return _Held(family, weights, text_weights, vae_weights, is_whole)
 
 
 def _check_ordinary(name: str, model: BaseModel) -> None:
