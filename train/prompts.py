@@ -15,6 +15,10 @@ LONGEST = 45
 
 PLAIN_TEMPLATE = "a photo of a {}"
 """The plainest sentence about a thing."""
+PLAINEST = ("{}", "a {}", "the {}")
+"""Templates without any other word, which leave most to the concept's own."""
+PROMPTS_FOR_A_PLAIN_ONE, LEAST_PROMPTS = 6, 12
+"""Of a concept's prompts at most one in so many is made of them, and none of fewer prompts."""
 
 MINORS = (
     "baby",
@@ -84,13 +88,23 @@ def fill(template: str, *phrases: str) -> str:
     return text
 
 
-def forget_prompts(config: TrainConfig, num: int, *, rng: random.Random) -> list[ForgetPrompt]:
-    """Prompts in which every concept and phrase has an equal share, some beside a retain phrase."""
+def forget_prompts(
+    config: TrainConfig, num: int, *, rng: random.Random, plain_first: bool = False
+) -> list[ForgetPrompt]:
+    """Prompts in which every concept and phrase has an equal share, some beside a retain phrase.
+
+    With ``plain_first`` a concept's first ones that name it alone have nothing but an article beside the name, as far as such
+    templates are the config's and they are few among ``num``.
+    """
     templates = split_templates(config.templates)
     phrases = [_cycle(concept.target, rng) for concept in config.concepts]
     singles, pairs = _cycle(templates.single, rng), _cycle(templates.pair, rng)
     beside = [phrase for phrase in config.retain if not mentions(phrase, MINORS)]
     others = _cycle(beside, rng)
+    share = num // len(config.concepts)
+    room = share // PROMPTS_FOR_A_PLAIN_ONE if plain_first and share >= LEAST_PROMPTS else 0
+    plain = [form for form in PLAINEST if form in templates.single][:room]
+    left = [list(plain) for _ in config.concepts]
     prompts = []
     for index in range(num):
         concept = index % len(config.concepts)
@@ -104,6 +118,8 @@ def forget_prompts(config: TrainConfig, num: int, *, rng: random.Random) -> list
             )
         else:
             template = next(singles)
+            if left[concept]:
+                template, target = left[concept].pop(0), config.concepts[concept].target[0]
             text, twin = fill(template, target), fill(template, anchor)
         prompts.append(ForgetPrompt(concept, text, twin))
     return prompts

@@ -465,7 +465,7 @@ def _pools_read_at_ends(
 def _pool_prompts(config: TrainConfig) -> tuple[list[ForgetPrompt], list[str]]:
     """Forget prompts and retain prompts of all processes."""
     settings, rng = config.trajectories, random.Random(f"unhype pool {config.seed}")
-    prompts = forget_prompts(config, settings.rollouts, rng=rng)
+    prompts = forget_prompts(config, settings.rollouts, rng=rng, plain_first=_plain_first(config))
     words, _ = split_vocabulary(config, rng=rng)
     return prompts, retain_prompts(config, words, settings.retain_rollouts, rng=rng)
 
@@ -491,9 +491,15 @@ def _kept_pools(path: Path, key: str, device: torch.device) -> tuple[Pool, Pool 
     return (forget, pool("retain/")) if forget is not None else None
 
 
+def _plain_first(config: TrainConfig) -> bool:
+    """Whether states of the plainest prompts must be among those trained on; closed form has solved for these already."""
+    return config.objective.name is not ObjectiveName.CLOSED_FORM
+
+
 def _pool_digest(config: TrainConfig) -> str:
     """Hash of every setting that the trajectories depend on, and of what a pool holds."""
     settings = settle_files(config.model_dump(mode="json", include=POOL_SETTINGS))
+    settings["plain_first"] = _plain_first(config)
     described = json.dumps([settings, [field.name for field in fields(Pool)]], sort_keys=True)
     return hashlib.sha256(described.encode()).hexdigest()
 

@@ -54,6 +54,32 @@ def test_concepts_and_phrases_have_equal_shares(make: Make) -> None:
     assert kitties == 20
 
 
+@pytest.mark.parametrize(("num", "plain"), [(23, 0), (24, 2), (36, 3), (200, 3)])
+def test_names_alone_come_first_where_there_is_room(make: Make, num: int, plain: int) -> None:
+    config = make(TWO_CONCEPTS, "trajectories.scene_share=0.5")
+    prompts = forget_prompts(config, num, rng=random.Random(0), plain_first=True)
+    usual = forget_prompts(config, num, rng=random.Random(0))
+    assert [prompt.concept for prompt in prompts] == [index % 2 for index in range(num)]
+    assert all(prompt.anchor and prompt.anchor != prompt.text for prompt in prompts)
+    for index, concept in enumerate(config.concepts):
+        name = concept.target[0]
+        own = [prompt.text for prompt in prompts if prompt.concept == index]
+        forms = [name, f"a {name}", f"the {name}"][:plain]
+        assert [text for text in own if text in forms][:plain] == forms
+    scenes = [[mentions(p.text, config.retain) for p in some] for some in (prompts, usual)]
+    assert scenes[0] == scenes[1]
+    assert (prompts == usual) == (not plain)
+
+
+def test_names_alone_come_only_in_the_configs_own_templates(make: Make) -> None:
+    config = make("templates=['a {} of dreams', 'the {}', 'a {} and a {} of dreams']")
+    prompts = forget_prompts(config, 100, rng=random.Random(0), plain_first=True)
+    name = config.concepts[0].target[0]
+    alone = [prompt.text for prompt in prompts if not mentions(prompt.text, config.retain)]
+    assert alone[0] == f"the {name}"
+    assert name not in alone
+
+
 def test_a_share_of_forget_prompts_shows_something_to_keep(make: Make) -> None:
     config = make("trajectories.scene_share=0.5")
     prompts = forget_prompts(config, 200, rng=random.Random(0))
