@@ -179,10 +179,9 @@ def _pick_vae(files: ModelFiles, own: VAE | None, channels: int, *, held: Set[st
             f"{name} is a VAE of {own.latent_channels} channels, and the latents of {files.checkpoint.name} have {channels}. "
             "Give the VAE of its family."
         )
-    makes_pictures = [w for w in _names(own.first_stage_model) if w.startswith(DECODER)]
-    if (
-        len(held.intersection(makes_pictures)) > len(makes_pictures) / 2
-    ):  # else the host renames them
+    makes_pictures = {w for w in _names(own.first_stage_model) if w.startswith(DECODER)}
+    # If few of them are there, the host has names of its own for this kind.
+    if len(held & makes_pictures) > len(makes_pictures) / 2:
         _check_complete(name, "VAE", held, makes_pictures)
     return own
 
