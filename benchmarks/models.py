@@ -64,7 +64,6 @@ STABLE_DIFFUSION_XL = {
     "adm_in_channels": 2816,
 }
 FLUX_DEV = {
-    "image_model": "flux",
     "in_channels": 16,
     "out_channels": 16,
     "patch_size": 2,
@@ -78,7 +77,6 @@ FLUX_DEV = {
     "axes_dim": [16, 56, 56],
     "theta": 10000,
     "qkv_bias": True,
-    "guidance_embed": True,
 }
 FEWER_ON_CPU: dict[str, dict[str, Any]] = {
     "SDXL": {
@@ -192,7 +190,8 @@ def _build(
     """A model of one of ComfyUI's classes, in what the host prefers for it where no precision is given."""
     import comfy.supported_models
 
-    settings = getattr(comfy.supported_models, host_class)(dict(config))
+    found = getattr(comfy.supported_models, host_class)
+    settings = found({**found.unet_config, **config})
     settings.set_inference_dtype(dtype or settings.supported_inference_dtypes[0], None)
     return settings.get_model({}, "", device=device).requires_grad_(False)
 

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from comfy.model_base import BaseModel
 
 MODELS: Mapping[str, tuple[str, Mapping[str, Any], int, int]] = {
-    "sd15": ("SD15", models.STABLE_DIFFUSION_15, 64, 77),
-    "sdxl": ("SDXL", models.STABLE_DIFFUSION_XL, 64, 77),
-    "sd3": ("SD3", models.STABLE_DIFFUSION_3_MEDIUM, 64, 154),
-    "flux": ("Flux", models.FLUX_DEV, 64, 256),
+    "sd15_full": ("SD15", models.STABLE_DIFFUSION_15, 64, 77),
+    "sdxl_full": ("SDXL", models.STABLE_DIFFUSION_XL, 64, 77),
+    "sd3_medium": ("SD3", models.STABLE_DIFFUSION_3_MEDIUM, 64, 154),
+    "flux_dev": ("Flux", models.FLUX_DEV, 64, 256),
 }
 """The host's class, its configuration, the side of the latents, and tokens of the text."""
 PRECISIONS = {
@@ -56,7 +56,7 @@ def measure(
 ) -> dict[str, dict[str, Any]]:
     """Errors by model and precision; ComfyUI must be importable."""
     results: dict[str, dict[str, Any]] = {}
-    with torch.inference_mode(), _exact_convolutions():
+    with torch.inference_mode():
         for name in names:
             for precision in precisions:
                 host_class, config, side, tokens = MODELS[name]
@@ -89,13 +89,24 @@ def compare(
         double precision on the layer's own input; and of the network's result (``whole``, ``whole_merged``), against merged
         weights in single precision. In single precision itself ``whole`` is against merged weights, and ``whole_merged`` 0.
     """
+    with _exact_convolutions():
+        return _compare(build, dtype, side=side, tokens=tokens)
+
+
+def _compare(
+    build: Callable[[torch.dtype], BaseModel], dtype: torch.dtype, *, side: int, tokens: int
+) -> dict[str, Any]:
     model = build(dtype)
     network = model.diffusion_model
     factors = _factors(model)
     arguments = _arguments(model, side, tokens)
     names = sorted({target.name for target in factors.targets})
-    with RowTable(factors).adapted(find_sites(network, factors.targets), [0]):
-        seen = _outputs(model, names, arguments)
+    table, sites = RowTable(factors), find_sites(network, factors.targets)
+    # The second step of a run, for the first only sees which layers have an input in common.
+    seen: Outputs = {}
+    for _ in range(2):
+        with table.adapted(sites, [0]):
+            seen = _outputs(model, names, arguments)
     result = seen.pop(WHOLE)[1]
     layers, merged_layers = zip(
         *(_layer_errors(network.get_submodule(name), factors, name, *seen[name]) for name in names),

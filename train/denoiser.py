@@ -108,8 +108,9 @@ class WrongGradientError(ValueError):
     """The gradient of a model does not agree with what the model computes."""
 
 
-PROBE_CHANGE, PROBE_STEP = 0.05, 0.25
-"""Of the prediction by random LoRA, and of that LoRA: small enough to be nearly linear, far above rounding."""
+PROBE_CHANGE, PROBE_STEPS = 0.05, (0.25, 0.0625)
+"""Of the prediction by random LoRA, and of that LoRA: the first is far above rounding, the second for states about which the model
+is less linear. A gradient that is wrong agrees with neither."""
 TOLERANCE = 0.25
 """Half precision is off by a few hundredths, a gradient that lost a tensor by half or more."""
 
@@ -124,7 +125,7 @@ def check_gradient(denoiser: DenoiserLike, x_t: Tensor, sigma: Tensor, text: Tex
         WrongGradientError: it cannot.
     """
     try:
-        error = gradient_error(denoiser, x_t, sigma, text)
+        error = min(gradient_error(denoiser, x_t, sigma, text, step=step) for step in PROBE_STEPS)
     except RuntimeError as reason:
         if "inplace operation" not in str(reason):
             raise
@@ -144,7 +145,7 @@ def gradient_error(
     sigma: Tensor,
     text: TextBatch,
     *,
-    step: float = PROBE_STEP,
+    step: float = PROBE_STEPS[0],
 ) -> float:
     """Relative distance of a model's gradient from a finite difference, with random LoRA.
 

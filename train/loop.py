@@ -165,7 +165,13 @@ def run_loop(
                     f"objective.negative_guidance, and delete {path} if it is there: it holds a state of this run."
                 )
             _average_gradients(parameters, processes)
-            nn.utils.clip_grad_norm_(parameters, settings.clip)
+            size = nn.utils.clip_grad_norm_(parameters, settings.clip)
+            if not torch.isfinite(size):
+                raise TrainingDivergedError(
+                    f"The gradient is {float(size)} at step {step + 1}, the loss {values['loss']:g}. Lower train.lr (now {settings.lr}), or, "
+                    "where ComfyUI keeps the model in half precision, give a file in bf16 or fp32. "
+                    f"The state in {path}, if there is one, is from before."
+                )
             optimizer.step()
         if averaged is not None:
             averaged.update_parameters(hypernetwork)

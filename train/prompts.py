@@ -103,8 +103,12 @@ def forget_prompts(
     others = _cycle(beside, rng)
     share = num // len(config.concepts)
     room = share // PROMPTS_FOR_A_PLAIN_ONE if plain_first and share >= LEAST_PROMPTS else 0
-    plain = [form for form in PLAINEST if form in templates.single][:room]
-    left = [list(plain) for _ in config.concepts]
+    forms = [form for form in PLAINEST if form in templates.single]
+    # Without those that are alike: "a {}" and "the {}" of "the Joker".
+    left = [
+        list({fill(form, concept.target[0]): form for form in forms}.values())[:room]
+        for concept in config.concepts
+    ]
     prompts = []
     for index in range(num):
         concept = index % len(config.concepts)

@@ -130,7 +130,7 @@ def train(
         denoiser, report, processes = run.denoiser, run.report, run.processes
         _refuse_unsolvable(config, denoiser)
         _warn_of_unused(config, denoiser)
-        setting = run.setting(config, f"{config.digest()}/{denoiser.fingerprint.digest}")
+        setting = run.setting(config, _run_key(config, denoiser))
 
         discovered = discover(config, denoiser, ticker(report, "asking for other words"))
         given, config = config, widen(config, discovered)
@@ -489,6 +489,12 @@ def _kept_pools(path: Path, key: str, device: torch.device) -> tuple[Pool, Pool 
 
     forget = pool("forget/")
     return (forget, pool("retain/")) if forget is not None else None
+
+
+def _run_key(config: TrainConfig, denoiser: DenoiserLike) -> str:
+    """Of a state that goes on: what it was trained with, on what, and on which kind of prompts."""
+    kind = "/plain first" if _plain_first(config) else ""
+    return f"{config.digest()}/{denoiser.fingerprint.digest}{kind}"
 
 
 def _plain_first(config: TrainConfig) -> bool:

@@ -38,3 +38,18 @@ def test_a_gradient_that_misses_factors_is_refused(
     monkeypatch.setattr(denoiser, "predict", forgetful)
     with pytest.raises(WrongGradientError, match=r"of tiny is off by 100%, so it cannot be"):
         check_gradient(denoiser, *states(denoiser))
+
+
+def test_a_state_about_which_the_model_is_far_from_linear_passes(
+    denoiser: TinyDenoiser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    predict = denoiser.predict
+
+    def bent(x: Tensor, sigma: Tensor, text: TextBatch, factors: LoRAFactors | None) -> Tensor:
+        change = predict(x, sigma, text, factors) - predict(x, sigma, text, None)
+        return predict(x, sigma, text, None) + torch.sin(10 * change) / 10
+
+    monkeypatch.setattr(denoiser, "predict", bent)
+    coarse, fine = (gradient_error(denoiser, *states(denoiser), step=s) for s in (0.25, 0.0625))
+    assert fine < 0.25 < coarse
+    check_gradient(denoiser, *states(denoiser))

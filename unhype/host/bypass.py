@@ -182,9 +182,9 @@ class RowTable:
             yield
         self._companions = call.companions
 
-    def companions(self, parts: Indices) -> Indices:
+    def companions(self, parts: Indices) -> Indices | None:
         """Targets whose layers were given the same input in the last call as the layer of these, themselves the first."""
-        return self._companions.get(parts, parts)
+        return self._companions.get(parts)
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], repeats: int
@@ -245,7 +245,8 @@ class _Call:
     """One call of the model, in which layers that are given the very same input share one product with all their ``down``.
 
     Attention to a text asks every layer about the same states. Which layers do is seen in one call and used in the next; a
-    layer that then gets another input computes its own.
+    layer that then gets another input computes its own. What is the same tensor is taken to hold the same numbers: a node that
+    changed it in place between two layers would not be seen (torch counts no versions while sampling).
 
     Args:
         numbers: for each row of the batch, its row of the table for each of its chunks.
@@ -295,10 +296,13 @@ class _Call:
     def project(self, x: Tensor, own: Indices, layout: Layout) -> Products:
         """``down x`` for the rows of every stretch, by target; at least of the targets that are asked for."""
         if x is not self._input:
-            self._input, self._first = x, own
             self.companions[own] = own
-            self._products = self._project(x, self._table.companions(own), layout)
-            return self._products
+            wanted = self._table.companions(own)
+            products = self._project(x, own if wanted is None else wanted, layout)
+            # An input that no other layer had in the last call need not be kept.
+            self._input, self._products = (None, []) if wanted == own else (x, products)
+            self._first = own
+            return products
         self.companions[self._first] += own
         if self._products and own[0] in self._products[0]:
             return self._products

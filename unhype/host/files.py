@@ -191,7 +191,8 @@ def _names_of_vae(state: dict[str, Any]) -> set[str]:
     from comfy.diffusers_convert import convert_vae_state_dict
 
     empty = {key: value.to("meta") for key, value in state.items() if isinstance(value, Tensor)}
-    return set(convert_vae_state_dict(empty) if DIFFUSERS_VAE in empty else empty)
+    names = convert_vae_state_dict(empty) if DIFFUSERS_VAE in empty else empty
+    return {name.replace("decoder.post_quant_conv.", "post_quant_conv.") for name in names}
 
 
 def _load_text_encoders(paths: Sequence[Path], family: FamilySpec) -> CLIP:
@@ -318,12 +319,14 @@ def _inspect(name: str, state: dict[str, Any]) -> _Held:
         )
     weights = {key.removeprefix(prefix) for key in empty if key.startswith(prefix)}
     text_weights = set(config.process_clip_state_dict(empty)) if is_whole else set()
-    vae_weights = {
-        key.removeprefix(prefix)
-        for prefix in config.vae_key_prefix
-        for key in empty
-        if key.startswith(prefix)
-    }
+    vae_weights = _names_of_vae(
+        {
+            key.removeprefix(prefix): value
+            for prefix in config.vae_key_prefix
+            for key, value in empty.items()
+            if key.startswith(prefix)
+        }
+    )
     return _Held(family, weights, text_weights, vae_weights, is_whole)
 
 

@@ -11,9 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-TOP = 2.0**-4
+TOP = 2.0**-6
 """About as large as the largest part of a gradient becomes: further inside they grow where they are summed over tokens."""
+SMALLEST = 2.0**-100
+"""Of a gradient's largest part; what is smaller is left as it is."""
 
 
 class GradientLift:
@@ -38,11 +41,12 @@ class _Lift(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
         with torch.no_grad():
             largest = gradient.detach().abs().amax()
-            usable = torch.isfinite(largest) & (largest > 0)
+            usable = torch.isfinite(largest) & (largest > SMALLEST)
             ctx.lift.factor = TOP * torch.exp2(-torch.where(usable, largest, 1.0).log2().floor())
         return gradient * ctx.lift.factor, None
 
@@ -54,6 +58,7 @@ class _Lower(torch.autograd.Function):
         return argument.view_as(argument)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        return gradient / ctx.lift.factor, None
+        return gradient / ctx.lift.factor.to(gradient.device), None
