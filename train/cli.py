@@ -44,6 +44,7 @@ from train.evaluate.worlds import WorldError, find_world
 from train.loop import Event, Report
 from train.memory import TooLittleMemoryError
 from train.plan import Plan, estimate
+from train.processes import share_work
 from train.run import EMBEDDED_AT_ONCE, TrainingDivergedError, TrainingInterrupted
 from train.run import train as run
 from train.shorthand import Shorthand, write_settings
@@ -51,7 +52,7 @@ from unhype import checkpoint
 from unhype.checkpoint import CheckpointError, PackInfo
 from unhype.host.denoise import CheckpointRefusedError, Denoiser, ModelFiles
 from unhype.host.generate import describe
-from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError, has_accelerator
+from unhype.host.locate import ComfyUINotFoundError, NotComfyUIError
 from unhype.lora import Spelling
 
 log = logging.getLogger("unhype")
@@ -170,7 +171,7 @@ def train(
     with _errors_as_sentences():
         words = _words(model, erase, anchor, retain, output, text_encoder)
         settings = _settings(config, words, overrides)
-        is_main = PartialState(cpu=not has_accelerator()).is_main_process
+        is_main = share_work().is_main_process
         if is_main:
             _warn_of_retained_targets(settings)
         if config is None and is_main:
@@ -350,7 +351,7 @@ def extend(
             words = _words(None, erase, anchor, retain)
             settings = _settings(config, words, [*(overrides or []), *paths])
         settings = extending.fitting(pack, settings)
-        is_main = PartialState(cpu=not has_accelerator()).is_main_process
+        is_main = share_work().is_main_process
         if is_main:
             _warn_of_retained_targets(settings)
         with _progress(Console(stderr=True)) as report:
@@ -431,7 +432,7 @@ def evaluate(
         files = model and ModelFiles(model, tuple(text_encoder or ()), vae)
         place = None if world is None else find_world(world)
         asked = _what_to_ask(checkpoint.read_info(file), suite, place, seeds)
-        processes = PartialState(cpu=not has_accelerator(), timeout=LONGEST_WAIT)
+        processes = share_work(timeout=LONGEST_WAIT)
         is_main = processes.is_main_process
         folder = out or file.with_suffix(".eval")
         with _progress(Console(stderr=True, quiet=not is_main)) as report:

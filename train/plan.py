@@ -14,14 +14,12 @@ from functools import cache
 from typing import TypeVar
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from unhype import checkpoint
 from unhype.checkpoint import to_plain
 from unhype.embedding import until_end
 from unhype.gate import Gate
-from unhype.host.locate import has_accelerator
 from unhype.host.text import TextBatch
 from unhype.hypernetwork import EditsHypernetwork, Hypernetwork
 
@@ -44,6 +42,7 @@ from .loop import Event, Report, Setting, run_loop
 from .memory import step_share
 from .objectives import MEASURED_BATCHES, Material, Objective, make_objective
 from .objectives.oracle import MOST, mean_gradient
+from .processes import share_work
 from .prompts import PLAIN_TEMPLATE, fill, forget_prompts
 from .run import (
     check_trainable,
@@ -131,7 +130,7 @@ def estimate(
         ConfigError: it runs in several processes.
         WrongGradientError: the model cannot be trained with this version of ComfyUI.
     """
-    processes = PartialState(cpu=not has_accelerator())
+    processes = share_work()
     if processes.num_processes > 1:
         raise ConfigError("A plan is made in one process; run it without `accelerate launch`.")
     report = progress or (lambda event: None)
@@ -227,7 +226,7 @@ def _training(
     at_once = len(pool.prompt)
 
     report(Event("some steps of training", 0, 1))
-    processes = PartialState(cpu=not has_accelerator())
+    processes = share_work()
     setting = Setting("plan", processes, lambda event: None, threading.Event())
     objective = _objective(config, denoiser, hypernetwork, pool, material)
     check, _ = clock.once(lambda: check_trainable(denoiser, pool))

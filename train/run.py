@@ -25,7 +25,6 @@ from unhype.checkpoint import ConceptInfo, PackInfo
 from unhype.families import Branch
 from unhype.gate import Gate
 from unhype.host.denoise import Denoiser
-from unhype.host.locate import has_accelerator
 from unhype.hypernetwork import (
     Architecture,
     EditsHypernetwork,
@@ -66,6 +65,7 @@ from .objectives import (
     find_eta,
     make_objective,
 )
+from .processes import share_work
 from .prompts import ForgetPrompt, forget_prompts, retain_prompts, split_vocabulary
 from .record import check_tensorboard, recorders
 from .trajectories import Pool, collect
@@ -270,7 +270,7 @@ def started(
     check_writable(config.output)
     check_tensorboard(config)
     # Gives each process its own device; before the model is loaded.
-    processes = PartialState(cpu=not has_accelerator())
+    processes = share_work()
     with stop_requests() as stop:
 
         def report(event: Event) -> None:

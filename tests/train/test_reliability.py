@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.config import TrainConfig
+from train.config import ConfigError, TrainConfig
 from train.objectives import dial
+from train.processes import share_work
 from train.run import prompts_at_once, train
 from train.trajectories import collect, draw
 from unhype import checkpoint
@@ -134,3 +135,11 @@ def test_lora_is_measured_for_as_many_prompts_as_fit(
         sizes = HypernetworkConfig(Architecture.ATOMS, 8, rank=16, hidden_dim=2)
         hypernetwork = make_hypernetwork(sizes, targets)
     assert prompts_at_once(hypernetwork) == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="2 processes were started for 1 GPU. .*num_processes 1"):
+        share_work()

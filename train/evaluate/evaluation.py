@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from PIL import Image
 from torch import Tensor
 
 from unhype.checkpoint import Pack
-from unhype.host.locate import has_accelerator
 
 from ..config import ConfigError
 from ..denoiser import check_family
 from ..loop import Event
+from ..processes import share_work
 from ..state import written_whole
 from .attacks import (
     Aim,
@@ -128,7 +127,7 @@ def evaluate(
     _check(subject, assignment, attacks=attacks is not None)
     cells = folder / "cells" / _digest(subject, assignment)
     seeds = tuple(range(assignment.seeds))
-    processes = PartialState(cpu=not has_accelerator())
+    processes = share_work()
     for seed in seeds[processes.process_index :: processes.num_processes]:
         if not _cell(cells, seed).exists():
             _ask(subject, assignment, seed, cells, report)
