@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.models import FLUX_DEV
 from unhype.checkpoint import BaseFingerprint, ConceptInfo, Pack, PackInfo
 from unhype.families import FamilySpec, family_of_host_class
 from unhype.gate import Gate, GateConfig
@@ -43,22 +44,7 @@ SDXL_UNET = {
     "num_classes": "sequential",
     "adm_in_channels": 2816,
 }
-FLUX = {
-    "image_model": "flux",
-    "in_channels": 16,
-    "out_channels": 16,
-    "patch_size": 2,
-    "vec_in_dim": 768,
-    "context_in_dim": 4096,
-    "hidden_size": 3072,
-    "mlp_ratio": 4.0,
-    "num_heads": 24,
-    "depth": 19,
-    "depth_single_blocks": 38,
-    "axes_dim": [16, 56, 56],
-    "theta": 10000,
-    "qkv_bias": True,
-}
+FLUX = {"image_model": "flux", **FLUX_DEV}
 
 
 def _sd3(depth: int, **changes: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ round nothing. Unlike a scale of the loss, this needs no guess and never overflo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,42 +24,42 @@ class GradientLift:
     """For one call of a network: its arguments go through ``before``, its result through ``after``."""
 
     def __init__(self) -> None:
-        self.factor: Tensor | None = None
+        self._factor: Tensor | None = None
 
     def before(self, argument: Tensor) -> Tensor:
         """The argument, whose gradient will be divided; one that needs no gradient is returned as it is."""
-        return _Lower.apply(argument, self) if argument.requires_grad else argument  # pyright: ignore[reportReturnType]
+        return _through(argument, self._lower) if argument.requires_grad else argument
 
     def after(self, result: Tensor) -> Tensor:
         """The result, the largest part of whose gradient will be about ``TOP``."""
-        return _Lift.apply(result, self) if result.requires_grad else result  # pyright: ignore[reportReturnType]
+        return _through(result, self._raise) if result.requires_grad else result
+
+    def _raise(self, gradient: Tensor) -> Tensor:
+        largest = gradient.abs().amax()
+        usable = torch.isfinite(largest) & (largest > SMALLEST)
+        self._factor = TOP * torch.exp2(-torch.where(usable, largest, 1.0).log2().floor())
+        return gradient * self._factor
+
+    def _lower(self, gradient: Tensor) -> Tensor:
+        if self._factor is None:
+            raise RuntimeError("The result of the call did not go through `after`.")
+        return gradient / self._factor.to(gradient.device)
 
 
-class _Lift(torch.autograd.Function):
+def _through(value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value, whose gradient will be changed."""
+    result: Any = _Through.apply(value, change)
+    return result
+
+
+class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, result: Tensor, lift: GradientLift) -> Tensor:
-        ctx.lift = lift
-        return result.view_as(result)
+    def forward(ctx: Any, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.change = change
+        return value.view_as(value)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        with torch.no_grad():
-            largest = gradient.detach().abs().amax()
-            usable = torch.isfinite(largest) & (largest > SMALLEST)
-            ctx.lift.factor = TOP * torch.exp2(-torch.where(usable, largest, 1.0).log2().floor())
-        return gradient * ctx.lift.factor, None
-
-
-class _Lower(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, argument: Tensor, lift: GradientLift) -> Tensor:
-        ctx.lift = lift
-        return argument.view_as(argument)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = gradients
-        return gradient / ctx.lift.factor.to(gradient.device), None
+        return ctx.change(gradient), None
