@@ -101,6 +101,7 @@ def _compare(
     factors = _factors(model)
     arguments = _arguments(model, side, tokens)
     names = sorted({target.name for target in factors.targets})
+    exactly = factors.to(dtype=torch.float64)
     table, sites = RowTable(factors), find_sites(network, factors.targets)
     # The second step of a run, for the first only sees which layers have an input in common.
     seen: Outputs = {}
@@ -109,21 +110,21 @@ def _compare(
             seen = _outputs(model, names, arguments)
     result = seen.pop(WHOLE)[1]
     layers, merged_layers = zip(
-        *(_layer_errors(network.get_submodule(name), factors, name, *seen[name]) for name in names),
+        *(_layer_errors(network.get_submodule(name), exactly, name, *seen[name]) for name in names),
         strict=True,
     )
     seen.clear()
     if dtype == torch.float32:
-        _merge(network, factors)
+        _merge(network, exactly)
         exact = merged = _outputs(model, [], arguments)[WHOLE][1]
     else:
         twin = build(torch.float32)
         twin.diffusion_model.load_state_dict(network.state_dict())
-        _merge(twin.diffusion_model, factors)
+        _merge(twin.diffusion_model, exactly)
         exact = _outputs(twin, [], arguments)[WHOLE][1]
         del twin
         _free()
-        _merge(network, factors)
+        _merge(network, exactly)
         merged = _outputs(model, [], arguments)[WHOLE][1]
     return {
         "layer": max(layers),
@@ -216,13 +217,11 @@ def _layer_errors(
 
 
 def _merged(weight: Tensor, factors: LoRAFactors, name: str) -> Tensor:
-    """A layer's weight with the LoRA of its targets in it."""
+    """A layer's weight with the LoRA of its targets in it, all in double precision; the weight is changed."""
     for index, target in enumerate(factors.targets):
         if target.name == name:
             rows = weight.narrow(0, target.start, target.out_features)
-            rows += (factors.up[index][0].double() @ factors.down[index][0].double()).to(
-                weight
-            ) * factors.scale[0].to(weight)
+            rows += factors.delta(index)[0]
     return weight
 
 

@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
@@ -35,11 +34,11 @@ from train.evaluate.exam import Drawn, Sheet, draw_sheet, mark
 from train.evaluate.scores import score
 from train.loop import Setting, Step, run_loop
 from train.objectives import Material, make_objective
+from train.processes import share_work
 from train.run import train
 from train.trajectories import Pool
 from unhype import checkpoint
 from unhype.host.denoise import Denoiser
-from unhype.host.locate import has_accelerator
 from unhype.host.text import TextEncoder
 from unhype.hypernetwork import make_hypernetwork
 
@@ -389,7 +388,7 @@ def time_steps(
         material=Material(pool, None, retained),
     )
     clock = Clock(device)
-    processes = PartialState(cpu=not has_accelerator())
+    processes = share_work()
     setting = Setting("step", processes, lambda _: None, threading.Event(), (clock,))
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models import FLUX_DEV
+from benchmarks.models import FLUX_DEV, STABLE_DIFFUSION_XL
 from unhype.checkpoint import BaseFingerprint, ConceptInfo, Pack, PackInfo
 from unhype.families import FamilySpec, family_of_host_class
 from unhype.gate import Gate, GateConfig
@@ -31,19 +31,7 @@ UNET = {
     "use_temporal_attention": False,
     "legacy": False,
 }
-SDXL_UNET = {
-    **UNET,
-    "num_res_blocks": [2, 2, 2],
-    "channel_mult": [1, 2, 4],
-    "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
-    "transformer_depth_middle": 10,
-    "num_head_channels": 64,
-    "context_dim": 2048,
-    "use_linear_in_transformer": True,
-    "num_classes": "sequential",
-    "adm_in_channels": 2816,
-}
+SDXL_UNET = {**STABLE_DIFFUSION_XL, **UNET}
 FLUX = {"image_model": "flux", **FLUX_DEV}
 
 

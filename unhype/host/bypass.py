@@ -295,9 +295,8 @@ class _Call:
 
     def project(self, x: Tensor, own: Indices, layout: Layout) -> Products:
         """``down x`` for the rows of every stretch, by target; at least of the targets that are asked for."""
-        if (
-            torch.compiler.is_compiling()
-        ):  # a compiler joins products itself, and would start again after the first step
+        # A compiler joins products itself, and would start again after the first step.
+        if torch.compiler.is_compiling():
             return self._project(x, own, layout)
         if x is not self._input:
             self.companions[own] = own
