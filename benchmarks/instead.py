@@ -50,7 +50,9 @@ def measure(
         asked, meant = ask(task)
         anchors = draw_sheet(meant, model, evaluator, NoEraser(), world.sampling)
         for name in (SOLVED, REFINED):
-            pack, seconds = make_pack(change(in_closed_form(task.config)), model, name)
+            pack, seconds = make_pack(
+                change(in_closed_form(task.config, own_length=True)), model, name
+            )
             drawn = draw_sheet(asked, model, evaluator, PackEraser(pack), world.sampling)
             figures = {"train_seconds": seconds, **look(asked, drawn, anchors, evaluator)}
             measured.setdefault(str(count), {})[name] = figures

@@ -162,7 +162,9 @@ def race(
     start = exam.grade(NoEraser(), 0.0, 0)
     goal = Goal(MOST_ERASED_LEFT, start.acc_s - MOST_KEPT_LOST)
     console.print(f"race: {task.config.concepts[0].name}, at first {_percent(start)}")
-    config, solved = (_shorten(c, quick) for c in (task.config, in_closed_form(task.config)))
+    config, solved = (
+        _shorten(c, quick) for c in (task.config, in_closed_form(task.config, own_length=True))
+    )
     ours = [
         _run_ours(exam, way, steps, console)
         for way, steps in ((hasty(solved), 0), (solved, solved.train.steps))
@@ -276,7 +278,7 @@ def cost(
     measured = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in plan.counts:
-            config = _shorten(in_closed_form(world.task(count, 0).config), quick)
+            config = _shorten(in_closed_form(world.task(count, 0).config, own_length=True), quick)
             measured[count] = _train(config, model, Path(folder) / f"{count}.safetensors")
             console.print(f"cost: {count} concepts took {measured[count][0]:.0f} s")
     return relate(measured)
@@ -423,6 +425,7 @@ def measure(
     plan = QUICK if quick else plan or Plan()
     world, results = DemoWorld(), {}
     with _one_thread():
+        _warm_up()
         model = world.model()
         if "race" in parts:
             results |= race(world, model, plan, console, quick=quick)
@@ -461,6 +464,14 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _warm_up() -> None:
+    """Take an optimizer's first step, at which torch imports more of itself: nobody's training time."""
+    number = torch.zeros(1, requires_grad=True)
+    optimizer = torch.optim.Adam([number])
+    number.sum().backward()
+    optimizer.step()
 
 
 def _percent(point: Checkpoint) -> str:

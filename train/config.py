@@ -158,6 +158,7 @@ class GateConfig(BaseModel):
         scatter_share: share of prompts with ordinary words between their own.
         noise: standard deviation of the noise on standardized embeddings.
         virtual_negatives: share of negatives that are moved part of the way to a positive.
+        hard_share: share of negatives drawn from those that the gate hears most at the time.
         adversarial: how far positives are moved to where the gate sees them least, in standardized embeddings.
         tokens: whether the gate reads every token of a prompt, and fires where any does, or the prompt's end alone.
         held_back: share of retain phrases, captions and positives kept for calibration.
@@ -178,6 +179,7 @@ class GateConfig(BaseModel):
     scatter_share: Share = 0.5
     noise: Number = 2.0
     virtual_negatives: Share = 0.0
+    hard_share: Share = 0.5
     adversarial: Number = 6.0
     tokens: bool = True
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
@@ -288,8 +290,12 @@ EDITS_DEFAULTS: Mapping[str, object] = {
     "hidden_dim": 64,
 }
 """Of the network, where the objective is ``closed-form``."""
-REFINING_DEFAULTS: Mapping[str, object] = {"steps": 150, "lr": 5e-3}
-"""Of the optimizer there; the learning rate is in units of what it moves."""
+REFINING_STEPS, REFINING_ROLLOUTS = 60, 20
+"""There, for one concept: what is refined is nearly right already."""
+REFINING_LR = 5e-3
+"""There, in units of what it moves."""
+MORE_STEPS, MORE_ROLLOUTS = 0.4, 0.42
+"""Powers of the number of concepts by which both grow."""
 FEW_CONCEPTS = 4
 """Up to so many concepts the gate of ``closed-form`` is as strict as others."""
 
@@ -458,22 +464,18 @@ class TrainConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_of_closed_form(cls, data: object) -> object:
-        """Closed form needs edits, so they are its default; it can do with few steps, and for many concepts with a lenient gate."""
+    def _defaults_of_objective(cls, data: object) -> object:
+        """What depends on the objective and the number of concepts, where nothing else is given."""
         if not isinstance(data, dict):
             return data
-        objective = data.get("objective")
+        objective, concepts = data.get("objective", {}), data.get("concepts")
         name = (
-            objective.get("name") if isinstance(objective, dict) else getattr(objective, "name", "")
+            objective.get("name", "")
+            if isinstance(objective, dict)
+            else getattr(objective, "name", None)
         )
-        if name not in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
-            return data
-        concepts = data.get("concepts")
-        defaults = {
-            "network": EDITS_DEFAULTS,
-            "gate": _gate_of_edits(len(concepts) if isinstance(concepts, list | tuple) else 1),
-            "train": REFINING_DEFAULTS,
-        }
+        count = len(concepts) if isinstance(concepts, list | tuple) else 1
+        defaults = _defaults_of(name, max(1, count))
         own = {section: data.get(section, {}) for section in defaults}
         merged = {
             section: {**defaults[section], **given}
@@ -586,20 +588,44 @@ def settle_files(settings: dict[str, Any]) -> dict[str, Any]:
     return {**settings, "text_encoders": files} if files else settings
 
 
-def in_closed_form(config: TrainConfig) -> TrainConfig:
-    """The same run with the objective ``closed-form`` and what else is default there; what of gate and optimizer was set stays."""
+def in_closed_form(config: TrainConfig, *, own_length: bool = False) -> TrainConfig:
+    """The same run with the objective ``closed-form`` and what else is default there; what of gate, rollouts and optimizer was set stays.
+
+    Args:
+        own_length: take its rollouts, steps and learning rate even so, where the config's are for LoRAs that begin with nothing.
+    """
+    count = len(config.concepts)
+    defaults, anew = _defaults_of(ObjectiveName.CLOSED_FORM, count), _defaults_of("", count)
     update = {
         "network": NetworkConfig.model_validate(EDITS_DEFAULTS),
         "objective": ObjectiveConfig(name=ObjectiveName.CLOSED_FORM),
-        "gate": _with_defaults(config.gate, GateConfig(), _gate_of_edits(len(config.concepts))),
-        "train": _with_defaults(config.train, OptimizerConfig(), REFINING_DEFAULTS),
+        "gate": _with_defaults(config.gate, GateConfig(), defaults["gate"]),
     }
+    for name, kind in (("trajectories", TrajectoryConfig), ("train", OptimizerConfig)):
+        given = getattr(config, name)
+        plain = given if own_length else kind.model_validate(anew[name])
+        update[name] = _with_defaults(given, plain, defaults[name])
     return config.model_copy(update=update)
 
 
-def _gate_of_edits(num_concepts: int) -> Mapping[str, object]:
-    """Gate settings in closed form: an edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear."""
-    return {} if num_concepts <= FEW_CONCEPTS else {"threshold_position": 0.0}
+def _defaults_of(objective: object, num_concepts: int) -> Mapping[str, Mapping[str, object]]:
+    """Settings of sections that depend on the objective's name, empty for its default, or on the number of concepts."""
+    rollouts, steps = num_concepts**MORE_ROLLOUTS, num_concepts**MORE_STEPS
+    if objective in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
+        # An edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear.
+        gate = {} if num_concepts <= FEW_CONCEPTS else {"threshold_position": 0.0}
+        return {
+            "network": EDITS_DEFAULTS,
+            "gate": gate,
+            "trajectories": {"rollouts": round(REFINING_ROLLOUTS * rollouts)},
+            "train": {"steps": round(REFINING_STEPS * steps), "lr": REFINING_LR},
+        }
+    if objective in ("", ObjectiveName.DIRECT, ObjectiveName.DIRECT.value):
+        return {
+            "trajectories": {"rollouts": round(TrajectoryConfig().rollouts * rollouts)},
+            "train": {"steps": round(OptimizerConfig().steps * steps)},
+        }
+    return {}
 
 
 Section = TypeVar("Section", bound=BaseModel)

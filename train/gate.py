@@ -6,6 +6,7 @@ The gate needs text embeddings only, so it can see far more prompts than the den
 from __future__ import annotations
 
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ READ_AT_ONCE = 256
 """Prompts, of which all tokens are read."""
 FARTHEST = 0.5
 """Of the way to a positive that a virtual negative may go."""
+HARDEST_FOR, LOOKED_AT, HARDEST = 50, 0.25, 0.1
+"""Every so many steps this share of the negatives is looked at, and that share of these counts as the hardest until then."""
 log = logging.getLogger("unhype")
 
 
@@ -133,7 +136,7 @@ def train_gate(
 
 
 def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, int], None]) -> Gate:
-    """Train on noisy embeddings, half of them positives."""
+    """Train on noisy embeddings, half of them positives; of the negatives, part are those that it hears most at the time."""
     settings = config.gate
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
@@ -153,20 +156,27 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
     optimizer = torch.optim.AdamW(
         gate.layers.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
     )
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, settings.steps)
     positives = gate.standardize(sides[0]) if settings.virtual_negatives else sides[0]
     half = settings.batch_size // 2
+    num_hard = round(settings.hard_share * (settings.batch_size - half))
+    hardest = torch.arange(len(sides[1]))
     for step in range(settings.steps):
+        if num_hard and step % HARDEST_FOR == 0:
+            hardest = _hardest(gate, sides[1], generator)
         chosen = torch.randint(len(sides[0]), (half,), generator=generator)
         other = torch.randint(len(sides[1]), (settings.batch_size - half,), generator=generator)
+        other[:num_hard] = hardest[torch.randint(len(hardest), (num_hard,), generator=generator)]
         own = material.concepts[chosen]
-        x = _Vectors.of(
+        x = Vectors.of(
             (sides[0][chosen], spoken[0][chosen]), (sides[1][other], spoken[1][other])
         ).seen_by(gate)
         if settings.virtual_negatives:
             x = x.with_virtual(half, positives, settings.virtual_negatives, generator)
         x = x.moved(settings.noise * torch.randn(x.vectors.shape, generator=generator))
         if settings.adversarial:
-            x = x.moved(_against(gate, x, own, settings.adversarial))
+            x = move_against(gate, x, own, settings.adversarial)
+        x = x.only(x.loudest(gate))
         wanted = torch.zeros(x.prompts, len(config.concepts))
         wanted[torch.arange(half), own] = 1
         # One concept's prompts are negatives of the others: weigh the few positives of each up.
@@ -175,12 +185,13 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        schedule.step()
         tick(step + 1, settings.steps)
     return gate.eval()
 
 
 @dataclass(frozen=True)
-class _Vectors:
+class Vectors:
     """All vectors of a batch of prompts, (n, dim), and whose each is, (n,)."""
 
     vectors: Tensor
@@ -188,34 +199,60 @@ class _Vectors:
     prompts: int
 
     @staticmethod
-    def of(*sides: tuple[Tensor, Tensor]) -> _Vectors:
+    def of(*sides: tuple[Tensor, Tensor]) -> Vectors:
         """Of prompts (prompts, dim) or (prompts, tokens, dim) and which of their vectors say anything, one side after the other."""
         vectors = [side[said] for side, said in sides]
         counts = torch.cat([said.view(len(said), -1).sum(1) for _, said in sides])
         owners = torch.repeat_interleave(torch.arange(len(counts)), counts)
-        return _Vectors(torch.cat(vectors).float(), owners, len(counts))
+        return Vectors(torch.cat(vectors).float(), owners, len(counts))
 
-    def seen_by(self, gate: Gate) -> _Vectors:
+    def seen_by(self, gate: Gate) -> Vectors:
         """Standardized."""
         return replace(self, vectors=gate.standardize(self.vectors))
 
-    def moved(self, by: Tensor) -> _Vectors:
+    def moved(self, by: Tensor) -> Vectors:
         """The same elsewhere, by (n, dim)."""
         return replace(self, vectors=self.vectors + by)
 
     def logits(self, gate: Gate) -> Tensor:
         """Of each concept the highest of a prompt's, (prompts, concepts)."""
+        return self._highest(gate.layers(self.vectors))
+
+    @torch.no_grad()
+    def loudest(self, gate: Gate) -> Tensor:
+        """Which vectors have the highest logit of their prompt, of any concept: the only ones that ``logits`` and its gradient depend on."""
         every = gate.layers(self.vectors)
+        return (every == self._highest(every)[self.owners]).any(1).nonzero()[:, 0]
+
+    def first(self, prompts: int) -> Vectors:
+        """Those of the first prompts."""
+        count = int((self.owners < prompts).sum())
+        return Vectors(self.vectors[:count], self.owners[:count], prompts)
+
+    def only(self, chosen: Tensor) -> Vectors:
+        """Some of the vectors, (chosen,)."""
+        return replace(self, vectors=self.vectors[chosen], owners=self.owners[chosen])
+
+    def _highest(self, every: Tensor) -> Tensor:
+        """Of each prompt and concept, (prompts, concepts), of all logits (n, concepts)."""
         owners = self.owners[:, None].expand_as(every)
         start = every.new_full((self.prompts, every.shape[1]), SILENT)
         return start.scatter_reduce(0, owners, every, "amax")
 
     def with_virtual(
         self, first: int, positives: Tensor, share: float, generator: torch.Generator
-    ) -> _Vectors:
+    ) -> Vectors:
         """The same where each prompt is one vector, those from ``first`` on partly virtual."""
         moved = _virtual(self.vectors[first:], positives, share, generator)
         return replace(self, vectors=torch.cat([self.vectors[:first], moved]))
+
+
+def _hardest(gate: Gate, negatives: Tensor, generator: torch.Generator) -> Tensor:
+    """Which negatives, of some looked at, the gate hears most, (hardest,)."""
+    order = torch.randperm(len(negatives), generator=generator)
+    looked_at = order[: math.ceil(LOOKED_AT * len(order))]
+    heard_most = logits_of(gate, negatives[looked_at]).amax(1)
+    return looked_at[heard_most.topk(math.ceil(HARDEST * len(looked_at))).indices]
 
 
 def _virtual(
@@ -228,15 +265,19 @@ def _virtual(
     return negatives + way * (positives[chosen] - negatives)
 
 
-def _against(gate: Gate, batch: _Vectors, concepts: Tensor, radius: float) -> Tensor:
-    """Where to move vectors, (n, dim), so that the gate sees the concepts of the first prompts, (positives,), least.
+def move_against(gate: Gate, batch: Vectors, concepts: Tensor, radius: float) -> Vectors:
+    """The same where the gate sees the concepts of the first prompts, (positives,), less.
 
     What it sees them by goes one step of ``radius`` down the gradient; all else stays.
     """
-    x = replace(batch, vectors=batch.vectors.detach().requires_grad_())
-    own = x.logits(gate)[: len(concepts)].gather(1, concepts[:, None])
+    asking = batch.first(len(concepts))
+    chosen = asking.loudest(gate)
+    x = asking.only(chosen)
+    x = replace(x, vectors=x.vectors.requires_grad_())
+    own = x.logits(gate).gather(1, concepts[:, None])
     (slope,) = torch.autograd.grad(own.sum(), x.vectors)
-    return -radius * F.normalize(slope, dim=1)
+    moved = batch.vectors.index_add(0, chosen, F.normalize(slope, dim=1), alpha=-radius)
+    return replace(batch, vectors=moved)
 
 
 @torch.no_grad()

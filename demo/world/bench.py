@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from train.config import (
+    MORE_ROLLOUTS,
+    MORE_STEPS,
     ConceptConfig,
     DiscoveryConfig,
     GateConfig,
@@ -234,8 +236,8 @@ def make_config(roles: Roles, seed: int) -> TrainConfig:
         discovery=DiscoveryConfig(exclude=tuple(unlooked(unseen))),
         network=NetworkConfig(rank=16 if num <= 4 else 32),
         gate=GateConfig(num_positives=max(1200, 96 * num), num_negatives=4000 + 40 * num),
-        trajectories=TrajectoryConfig(size=64, rollouts=round(40 * num**0.42)),
-        train=OptimizerConfig(steps=round(150 * num**0.4)),
+        trajectories=TrajectoryConfig(size=64, rollouts=round(40 * num**MORE_ROLLOUTS)),
+        train=OptimizerConfig(steps=round(150 * num**MORE_STEPS)),
     )
 
 

@@ -10,7 +10,7 @@ import yaml
 from typer.testing import CliRunner
 
 from train.cli import app
-from train.config import ConfigError, TrainConfig, load_config, make_config
+from train.config import ConfigError, TrainConfig, in_closed_form, load_config, make_config
 
 Data = dict[str, object]
 
@@ -183,16 +183,38 @@ def test_the_digest_is_of_everything_but_the_output(make: Callable[..., TrainCon
     assert make().digest() != make("train.lr=1e-5").digest()
 
 
+def untold(data: Data, count: int, objective: str, **sections: object) -> TrainConfig:
+    """A run of so many concepts, of which nothing else is set but these sections."""
+    concepts = [{"name": f"thing{n}", "target": [f"thing{n}"]} for n in range(count)]
+    concepts = [{**concept, "anchor": "an empty meadow"} for concept in concepts]
+    own = {**data, "concepts": concepts, "objective": {"name": objective}}
+    for section in ("network", "gate", "trajectories", "train"):
+        own.pop(section, None)
+    return make_config({**own, **sections})
+
+
 def test_many_concepts_in_closed_form_get_a_lenient_gate(data: Data) -> None:
     def position(count: int, **gate: object) -> float:
-        concepts = [{"name": f"thing{n}", "target": [f"thing{n}"]} for n in range(count)]
-        concepts = [{**concept, "anchor": "an empty meadow"} for concept in concepts]
-        own = {**data, "concepts": concepts, "gate": gate, "objective": {"name": "closed-form"}}
-        own.pop("network")
-        return make_config(own).gate.threshold_position
+        return untold(data, count, "closed-form", gate=gate).gate.threshold_position
 
     assert [position(count) for count in (1, 4, 5)] == [0.25, 0.25, 0]
     assert position(5, threshold_position=0.4) == 0.4
+
+
+def test_refining_takes_less_than_learning_anew_and_grows_with_the_concepts(data: Data) -> None:
+    def length(config: TrainConfig) -> tuple[int, int]:
+        return config.trajectories.rollouts, config.train.steps
+
+    def lengths(objective: str) -> list[tuple[int, int]]:
+        return [length(untold(data, count, objective)) for count in (1, 4, 16)]
+
+    assert lengths("closed-form") == [(20, 60), (36, 104), (64, 182)]
+    assert lengths("direct") == [(48, 300), (86, 522), (154, 909)]
+    assert lengths("joint") == 3 * [(48, 300)]
+    assert in_closed_form(untold(data, 4, "direct")) == untold(data, 4, "closed-form")
+    own = untold(data, 4, "direct", train={"steps": 9}, trajectories={"rollouts": 7})
+    assert length(own) == length(in_closed_form(own)) == (7, 9)
+    assert length(in_closed_form(own, own_length=True)) == (36, 104)
 
 
 def test_concepts_of_a_wrong_type_in_closed_form(data: Data) -> None:

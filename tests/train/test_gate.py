@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from train.config import ConfigError, ObjectiveConfig, TrainConfig
-from train.gate import GateMaterial, gather, surest, train_gate
+from train.gate import GateMaterial, Vectors, fit_gate, gather, move_against, surest, train_gate
 from unhype.checkpoint import Calibration
 from unhype.embedding import heard
-from unhype.gate import Gate
+from unhype.gate import Gate, GateConfig
 
 from .conftest import FAMILY, TinyDenoiser, word_vector
 
@@ -138,3 +139,58 @@ def test_the_surest_vector_is_one_of_the_prompts_own(make: Make, denoiser: TinyD
 def test_virtual_negatives_are_of_whole_prompts(make: Make) -> None:
     with pytest.raises(ConfigError, match=r"gate\.virtual_negatives moves whole prompts"):
         make("gate.tokens=true", "gate.virtual_negatives=0.5")
+
+
+@pytest.fixture
+def batch() -> tuple[Gate, Vectors, Tensor]:
+    """A gate of two concepts, five prompts of up to seven vectors, and the concepts of the first three."""
+    torch.manual_seed(0)
+    prompts = torch.randn(5, 7, 12)
+    for prompt, length in zip(prompts, (7, 3, 5, 1, 6), strict=True):
+        prompt[length:] = 0
+    vectors = Vectors.of((prompts[:3], heard(prompts[:3])), (prompts[3:], heard(prompts[3:])))
+    return Gate(GateConfig(12, 2, 8, tokens=True)), vectors, torch.tensor([0, 1, 0])
+
+
+def test_the_loudest_vectors_are_all_that_a_step_depends_on(
+    batch: tuple[Gate, Vectors, Tensor],
+) -> None:
+    gate, vectors, _ = batch
+    few = vectors.only(vectors.loudest(gate))
+    assert len(few.vectors) < len(vectors.vectors)
+    both = [part.logits(gate) for part in (vectors, few)]
+    torch.testing.assert_close(*both)
+    slopes = [torch.autograd.grad(logits.square().sum(), gate.layers[0].weight) for logits in both]
+    torch.testing.assert_close(*slopes)
+
+
+def test_the_loudest_vectors_alone_are_moved_against_the_gate(
+    batch: tuple[Gate, Vectors, Tensor],
+) -> None:
+    gate, vectors, concepts = batch
+    moved = move_against(gate, vectors, concepts, 0.5)
+    leaf = vectors.vectors.clone().requires_grad_()
+    own = Vectors(leaf, vectors.owners, vectors.prompts).logits(gate)[[0, 1, 2], concepts]
+    (slope,) = torch.autograd.grad(own.sum(), leaf)
+    torch.testing.assert_close(moved.vectors, leaf.detach() - 0.5 * F.normalize(slope, dim=1))
+    assert (moved.vectors != vectors.vectors).any(1).sum() == len(concepts)
+    assert (moved.logits(gate)[[0, 1, 2], concepts] < own).all()
+
+
+def test_what_is_hard_to_tell_from_a_target_is_learned_more_of(make: Make) -> None:
+    torch.manual_seed(0)
+    direction = F.normalize(torch.randn(24), dim=0)
+    positives = 4 * direction + torch.randn(200, 24)
+    few_near = 3 * direction + 2 * F.normalize(torch.randn(24), dim=0) + torch.randn(8, 24)
+    negatives = torch.cat([torch.randn(1500, 24), few_near])
+    none = torch.zeros(len(positives), dtype=torch.long)
+    material = GateMaterial(positives, none, negatives, positives, none, negatives)
+
+    def margin(share: float) -> float:
+        """How much surer it is of the faintest targets than of the nearest others."""
+        config = make("gate.steps=150", f"gate.hard_share={share}", "gate.adversarial=1")
+        gate = fit_gate(config, material, lambda *_: None)
+        asked, near = gate(positives).flatten(), gate(few_near).flatten()
+        return (asked.quantile(0.05) - near.max()).item()
+
+    assert margin(0.5) > margin(0.0) + 0.2

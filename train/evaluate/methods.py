@@ -195,7 +195,7 @@ def joint(shop: Workshop) -> Trained:
 
 def ours(shop: Workshop) -> Trained:
     """Edits in closed form, behind a gate."""
-    return _ours(shop, "ours", in_closed_form(shop.config))
+    return _ours(shop, "ours", in_closed_form(shop.config, own_length=True))
 
 
 def ours_direct(shop: Workshop) -> Trained:
@@ -206,13 +206,13 @@ def ours_direct(shop: Workshop) -> Trained:
 def ours_discovery(shop: Workshop) -> Trained:
     """The same, and the model is asked for further words; none is withheld from it, asked questions' words included."""
     discovery = DiscoveryConfig(words=EVERY_WORD)
-    config = in_closed_form(shop.config)
+    config = in_closed_form(shop.config, own_length=True)
     return _ours(shop, "discovery", config.model_copy(update={"discovery": discovery}))
 
 
 def ours_adversarial(shop: Workshop) -> Trained:
     """The same, with a gate trained on embeddings moved twice as far against it."""
-    config = in_closed_form(shop.config)
+    config = in_closed_form(shop.config, own_length=True)
     gate = config.gate.model_copy(update={"adversarial": ADVERSARIAL})
     return _ours(shop, "adversarial", config.model_copy(update={"gate": gate}))
 
