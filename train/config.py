@@ -296,8 +296,8 @@ REFINING_LR = 5e-3
 """There, in units of what it moves."""
 MORE_STEPS, MORE_ROLLOUTS = 0.4, 0.42
 """Powers of the number of concepts by which both grow."""
-FEW_CONCEPTS = 4
-"""Up to so many concepts the gate of ``closed-form`` is as strict as others."""
+LENIENT: Mapping[int, float] = {1: 0.15, 4: 0.0}
+"""The gate's ``threshold_position`` there where there are more concepts than so many."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -613,7 +613,8 @@ def _defaults_of(objective: object, num_concepts: int) -> Mapping[str, Mapping[s
     rollouts, steps = num_concepts**MORE_ROLLOUTS, num_concepts**MORE_STEPS
     if objective in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
         # An edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear.
-        gate = {} if num_concepts <= FEW_CONCEPTS else {"threshold_position": 0.0}
+        lenient = [position for few, position in LENIENT.items() if num_concepts > few]
+        gate = {"threshold_position": min(lenient)} if lenient else {}
         return {
             "network": EDITS_DEFAULTS,
             "gate": gate,
