@@ -174,6 +174,7 @@ def train(
         is_main = share_work().is_main_process
         if is_main:
             _warn_of_retained_targets(settings)
+            _warn_of_parts(settings)
         if config is None and is_main:
             file = write_settings(settings)
             print(
@@ -224,6 +225,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     with _errors_as_sentences():
         settings = _load(config, overrides)
         _warn_of_retained_targets(settings)
+        _warn_of_parts(settings)
         names = ", ".join(concept.name for concept in settings.concepts)
         print(
             f"{config} is fine: erases {names}; keeps {len(settings.retain)} phrases; writes {settings.output}"
@@ -354,6 +356,7 @@ def extend(
         is_main = share_work().is_main_process
         if is_main:
             _warn_of_retained_targets(settings)
+            _warn_of_parts(settings)
         with _progress(Console(stderr=True)) as report:
             found = extending.extend(
                 file,
@@ -614,6 +617,16 @@ def _warn_of_retained_targets(settings: TrainConfig) -> None:
             "Retain phrases that hold a target phrase: %s. They are trained to stay. Remove from retain those "
             "that show the target, as 'tabby cat' shows a cat; leave those that are another thing, as 'hot dog' is no dog.",
             ", ".join(f"{kept!r} ({phrase!r})" for kept, phrase in held.items()),
+        )
+
+
+def _warn_of_parts(settings: TrainConfig) -> None:
+    """Say which last words of target phrases nothing is trained on: the gate takes many of them for the target."""
+    if parts := settings.parts_of_targets():
+        log.warning(
+            "Words that stand in a target phrase, neither erased nor retained: %s. The gate may hear the target in them. "
+            "Put into retain those that should stay.",
+            ", ".join(f"{word!r} ({phrase!r})" for word, phrase in parts.items()),
         )
 
 

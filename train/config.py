@@ -570,6 +570,22 @@ class TrainConfig(BaseModel):
             if mentions(kept, targets)
         }
 
+    def parts_of_targets(self) -> dict[str, str]:
+        """Last words of target phrases, as "dog" of "hot dog", that no target is and no retain phrase holds, and that target phrase.
+
+        Words with a capital are left out: a surname may well ask for its bearer.
+        """
+        targets = [phrase for concept in self.concepts for phrase in concept.target]
+        last = {phrase.split()[-1]: phrase for phrase in reversed(targets) if " " in phrase.strip()}
+        return {
+            word: phrase
+            for word, phrase in reversed(last.items())
+            if word.isalpha()
+            and word.islower()
+            and not any(mentions(word, [target]) for target in targets)
+            and not mentions(" , ".join(self.retain), [word])
+        }
+
     def plain(self) -> dict[str, object]:
         """The config as plain data, every list written out."""
         return self.model_dump(mode="json")

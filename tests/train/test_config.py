@@ -78,6 +78,35 @@ def test_the_command_line_warns_of_retain_phrases_that_hold_a_target(
     assert "hold a target phrase: 'big cat' ('cat')" in caplog.text
 
 
+def test_last_words_of_targets_that_nothing_is_trained_on_are_told(data: Data) -> None:
+    def parts(target: list[str], *retain: str) -> dict[str, str]:
+        concept = {"name": "it", "target": target, "anchor": "a meadow"}
+        return make_config(
+            {**data, "concepts": [concept], "retain": ["bus", *retain]}
+        ).parts_of_targets()
+
+    assert parts(["hot dog", "frankfurter", "skeleton head"]) == {
+        "dog": "hot dog",
+        "head": "skeleton head",
+    }
+    assert parts(["hot dog", "skeleton head"], "friendly dogs") == {"head": "skeleton head"}
+    assert not parts(["wild cats", "cat"])
+    assert not parts(["Brad Pitt", "R2 D2", "cat "])
+
+
+def test_the_command_line_warns_of_parts_of_targets(
+    data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, path = tmp_path / "tiny.safetensors", tmp_path / "run.yaml"
+    model.touch()
+    concept = {"name": "it", "target": ["hot dog"], "anchor": "a meadow"}
+    settings = {**data, "checkpoint": str(model), "concepts": [concept], "retain": ["bus"]}
+    path.write_text(yaml.safe_dump(settings))
+    result = CliRunner().invoke(app, ["validate", str(path)])
+    assert result.exit_code == 0
+    assert "neither erased nor retained: 'dog' ('hot dog')" in caplog.text
+
+
 def test_an_anchor_that_is_its_own_target(data: Data) -> None:
     concept = {"name": "cat", "target": ["cat"], "anchor": "the cat"}
     assert "the anchor 'the cat' of concept 'cat' is one of its target phrases" in refused(
