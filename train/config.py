@@ -582,7 +582,7 @@ class TrainConfig(BaseModel):
             for word, phrase in reversed(last.items())
             if word.isalpha()
             and word.islower()
-            and not any(mentions(word, [target]) for target in targets)
+            and not mentions(word, targets)
             and not mentions(" , ".join(self.retain), [word])
         }
 
