@@ -173,8 +173,7 @@ def train(
         settings = _settings(config, words, overrides)
         is_main = share_work().is_main_process
         if is_main:
-            _warn_of_retained_targets(settings)
-            _warn_of_parts(settings)
+            _warn_of_words(settings)
         if config is None and is_main:
             file = write_settings(settings)
             print(
@@ -224,8 +223,7 @@ def validate(config: ConfigPath, overrides: Overrides = None) -> None:
     """Check a config without training: every mistake, each with its line."""
     with _errors_as_sentences():
         settings = _load(config, overrides)
-        _warn_of_retained_targets(settings)
-        _warn_of_parts(settings)
+        _warn_of_words(settings)
         names = ", ".join(concept.name for concept in settings.concepts)
         print(
             f"{config} is fine: erases {names}; keeps {len(settings.retain)} phrases; writes {settings.output}"
@@ -355,8 +353,7 @@ def extend(
         settings = extending.fitting(pack, settings)
         is_main = share_work().is_main_process
         if is_main:
-            _warn_of_retained_targets(settings)
-            _warn_of_parts(settings)
+            _warn_of_words(settings)
         with _progress(Console(stderr=True)) as report:
             found = extending.extend(
                 file,
@@ -608,6 +605,12 @@ def _numbers(option: str, text: str) -> list[int]:
         raise ConfigError(
             f"{option} is {text!r}, expected whole numbers with commas, as 1,4,16."
         ) from error
+
+
+def _warn_of_words(settings: TrainConfig) -> None:
+    """Say of which words it is easy to mean something else than what is written."""
+    _warn_of_retained_targets(settings)
+    _warn_of_parts(settings)
 
 
 def _warn_of_retained_targets(settings: TrainConfig) -> None:

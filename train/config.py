@@ -576,6 +576,7 @@ class TrainConfig(BaseModel):
         Words with a capital are left out: a surname may well ask for its bearer.
         """
         targets = [phrase for concept in self.concepts for phrase in concept.target]
+        kept = " , ".join(self.retain)
         last = {phrase.split()[-1]: phrase for phrase in reversed(targets) if " " in phrase.strip()}
         return {
             word: phrase
@@ -583,7 +584,7 @@ class TrainConfig(BaseModel):
             if word.isalpha()
             and word.islower()
             and not mentions(word, targets)
-            and not mentions(" , ".join(self.retain), [word])
+            and not mentions(kept, [word])
         }
 
     def plain(self) -> dict[str, object]:
