@@ -42,7 +42,8 @@ class Outcome:
     """What a pack would have done at one threshold.
 
     Attributes:
-        answers: to the comparison's questions; none if a prompt fires that did not when pictures were drawn.
+        answers: to the comparison's questions; none if a prompt fires that did not when pictures were drawn, or where the pack
+            writes less of its LoRA the less sure its gate is.
         captions: share of ordinary captions that fire; none without captions.
     """
 
@@ -99,6 +100,8 @@ def judge(
         fires = dict(zip(texts, fired(gate, asked).tolist(), strict=True))
         answers = tuple(_silenced(a) if not fires[a.question.text] else a for a in cell.answers)
         known = all(a.acts for a in cell.answers if fires[a.question.text])
+        # Elsewhere, a graded pack's threshold would have let it write more or less of its LoRA.
+        known = known and config.gate.least_strength == 1
         share = None if captions is None else fired(gate, captions).float().mean().item()
         outcomes[position] = Outcome(answers if known else None, share)
     return outcomes

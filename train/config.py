@@ -164,6 +164,8 @@ class GateConfig(BaseModel):
         held_back: share of retain phrases, captions and positives kept for calibration.
         false_fire_rate: how many of the kept negatives may fire, for all concepts together.
         threshold_position: where the threshold lies between kept negatives (0) and positives (1).
+        least_strength: of the LoRA at the threshold; 1 writes all of it wherever the gate fires.
+        full_strength_at: probability from which on all of it is written.
     """
 
     model_config = STRICT
@@ -185,6 +187,8 @@ class GateConfig(BaseModel):
     held_back: Annotated[float, BeforeValidator(_to_number), Field(gt=0, lt=1)] = 0.2
     false_fire_rate: OpenShare = 0.1
     threshold_position: Share = 0.25
+    least_strength: Annotated[float, BeforeValidator(_to_number), Field(gt=0, le=1)] = 1.0
+    full_strength_at: Annotated[float, BeforeValidator(_to_number), Field(gt=0.5, lt=1)] = 0.98
 
 
 class DiscoveryConfig(BaseModel):
@@ -296,8 +300,13 @@ REFINING_LR = 5e-3
 """There, in units of what it moves."""
 MORE_STEPS, MORE_ROLLOUTS = 0.4, 0.42
 """Powers of the number of concepts by which both grow."""
-LENIENT: Mapping[int, float] = {1: 0.15, 4: 0.0}
-"""The gate's ``threshold_position`` there where there are more concepts than so many."""
+GATES: Mapping[int, Mapping[str, float]] = {
+    0: {"least_strength": 0.45, "full_strength_at": 0.88},
+    1: {"threshold_position": 0.15},
+    4: {"threshold_position": 0.0, "false_fire_rate": 0.15},
+    16: {"false_fire_rate": 0.5, "least_strength": 0.35, "full_strength_at": 0.95},
+}
+"""Of the gate, there where there are more concepts than so many, and what fewer have where nothing else is said."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -629,12 +638,11 @@ def _defaults_of(objective: object, num_concepts: int) -> Mapping[str, Mapping[s
     """Settings of sections that depend on the objective's name, empty for its default, or on the number of concepts."""
     rollouts, steps = num_concepts**MORE_ROLLOUTS, num_concepts**MORE_STEPS
     if objective in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
-        # An edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear.
-        lenient = [position for few, position in LENIENT.items() if num_concepts > few]
-        gate = {"threshold_position": min(lenient)} if lenient else {}
+        # A weak edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear.
+        gates = [settings for few, settings in GATES.items() if num_concepts > few]
         return {
             "network": EDITS_DEFAULTS,
-            "gate": gate,
+            "gate": {key: value for settings in gates for key, value in settings.items()},
             "trajectories": {"rollouts": round(REFINING_ROLLOUTS * rollouts)},
             "train": {"steps": round(REFINING_STEPS * steps), "lr": REFINING_LR},
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,7 +49,7 @@ def export(
             f"{pack.info.gate.threshold:.2f}). Name the concept in the prompt, or give --force to write the LoRA anyway."
         )
     if reading.open.item():
-        factors = pack.generate(embedding).factors
+        factors = replace(pack, graded=False).generate(embedding).factors
     else:
         factors = pack.hypernetwork.generate(surest(pack.gate, embedding))
     info = pack.info

@@ -147,6 +147,8 @@ def fit_gate(config: TrainConfig, material: GateMaterial, tick: Callable[[int, i
                 len(config.concepts),
                 settings.hidden_dim,
                 tokens=settings.tokens,
+                least_strength=settings.least_strength,
+                full_strength_at=settings.full_strength_at,
             )
         )
     sides = material.positives, material.negatives

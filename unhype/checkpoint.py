@@ -26,7 +26,7 @@ from .gate import SILENT, Gate, GateConfig, Reading, check_threshold
 from .hypernetwork import Hypernetwork, HypernetworkConfig, make_hypernetwork
 from .lora import LoRAFactors, TargetModule, combine
 
-FORMAT = 3
+FORMAT = 4
 FORMAT_KEY = "unhype.format"
 CONFIG_KEY = "unhype.config"
 HYPERNETWORK, GATE = "hypernetwork.", "gate."
@@ -134,6 +134,7 @@ class Pack:
         active: which concepts may fire.
         threshold: of the gate, in place of the calibrated one.
         name: file name, for messages.
+        graded: whether less is written where the gate is less sure, if the pack asks for that.
     """
 
     info: PackInfo
@@ -142,6 +143,7 @@ class Pack:
     active: tuple[bool, ...] = ()
     threshold: float | None = None
     name: str = "pack"
+    graded: bool = True
 
     def __post_init__(self) -> None:
         if not self.active:
@@ -181,7 +183,7 @@ class Pack:
 
     @torch.no_grad()
     def generate(self, embedding: Tensor, *, s: float | None = None) -> Generated:
-        """Write the LoRA of each prompt; those for which nothing fires get scale 0.
+        """Write the LoRA of each prompt, the less of it the less sure the gate is; those for which nothing fires get scale 0.
 
         Args:
             embedding: as for ``read``.
@@ -194,7 +196,7 @@ class Pack:
             return Generated(stack(rows), gather(rows))
         reading = self.read(embedding)
         factors = self.hypernetwork.generate(embedding, s)
-        return Generated(factors.scaled(reading.open.to(factors.scale)), reading)
+        return Generated(factors.scaled(self._strength(reading).to(factors.scale)), reading)
 
     @torch.no_grad()
     def write(self, vectors: Tensor, *, s: float | None = None) -> Written:
@@ -202,7 +204,7 @@ class Pack:
 
         Each concept that fires takes the vector at which it does most surely, and the factors written for those vectors add up.
         Where a gate reads every token, a concept acts only if no other is surer at that vector, and if it is at least half as
-        far beyond the threshold as the surest. Vectors of zeros ask for nothing.
+        far beyond the threshold as the surest and sure enough to be written whole. Vectors of zeros ask for nothing.
         """
         says = heard(vectors)
         reading = self.read(vectors)
@@ -212,10 +214,18 @@ class Pack:
         acting = fires & self._stands_out(vectors[surest]) if self.gate.config.tokens else fires
         chosen = surest[acting].unique() if fires.any() else probability.amax(1).argmax()[None]
         generated = self.hypernetwork.generate(vectors[chosen], s)
-        open_ = reading.fired[chosen].any(1) & says[chosen]
-        generated = generated.scaled(open_.to(generated.scale))
+        strength = self._strength(Reading(reading.probability[chosen], reading.fired[chosen]))
+        generated = generated.scaled((strength * says[chosen]).to(generated.scale))
         parts = tuple(generated.rows([index]) for index in range(len(chosen)))
         return Written(parts, Reading(probability.amax(0), fires))
+
+    def _strength(self, reading: Reading) -> Tensor:
+        """How much of each prompt's LoRA is written, (batch,): nothing where nothing fires."""
+        surest = reading.probability.masked_fill(~reading.fired, 0).amax(1)
+        return self._share(surest) * reading.open
+
+    def _share(self, probability: Tensor) -> Tensor:
+        return self.gate.strength(probability) if self.graded else torch.ones_like(probability)
 
     def _stands_out(self, surest: Tensor) -> Tensor:
         """Which concepts, (concepts,) of bool, stand out at the vectors (concepts, embedding_dim) at which they are surest."""
@@ -224,7 +234,8 @@ class Pack:
         logits = self.gate(surest).masked_fill(~active, SILENT)
         own = logits.diagonal()
         beyond = own - math.log(threshold / (1 - threshold))
-        return (own >= logits.amax(1)) & (beyond >= ENOUGH * beyond.max())
+        beside = (beyond >= ENOUGH * beyond.max()) & (self._share(own.sigmoid()) >= 1)
+        return (own >= logits.amax(1)) & (beside | (own >= own.max()))
 
     def _known(self, embedding: Tensor) -> Tensor:
         """As the gate reads it."""

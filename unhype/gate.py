@@ -12,6 +12,8 @@ from .embedding import Standardize, heard
 
 SILENT = -1e4
 """Logit of a vector that says nothing."""
+EVEN = 0.5
+"""Probability at which training puts the threshold."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class GateConfig:
     """Sizes of a gate, and the probability from which a concept fires.
 
     ``tokens``: whether it reads every token of a prompt, and a concept fires that fires at any; else it reads the end.
+    ``least_strength``: of the LoRA of what fires with probability 0.5 or less; it is whole from ``full_strength_at`` on.
     """
 
     embedding_dim: int
@@ -26,12 +29,22 @@ class GateConfig:
     hidden_dim: int = 64
     threshold: float = 0.5
     tokens: bool = False
+    least_strength: float = 1.0
+    full_strength_at: float = 0.98
 
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "num_concepts", "hidden_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         check_threshold(self.threshold)
+        if not 0 < self.least_strength <= 1:
+            raise ValueError(
+                f"least_strength must be more than 0 and at most 1, got {self.least_strength}."
+            )
+        if not EVEN < self.full_strength_at < 1:
+            raise ValueError(
+                f"full_strength_at must lie between {EVEN} and 1, got {self.full_strength_at}."
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,15 @@ class Gate(nn.Module):
                 )
             fired = fired & torch.tensor(list(active), device=fired.device)
         return Reading(probability, fired)
+
+    def strength(self, probability: Tensor) -> Tensor:
+        """How much of the LoRA to write for what fires with these probabilities, of any shape: the surer, the more.
+
+        Evenly in log-odds from ``least_strength`` at 0.5 to 1 at ``full_strength_at``.
+        """
+        full = torch.tensor(self.config.full_strength_at).logit()
+        way = (probability.logit(eps=1e-6) / full).clamp(0, 1)
+        return 1 - (1 - self.config.least_strength) * (1 - way)
 
 
 def most(logits: Tensor, heard: Tensor) -> Tensor:

@@ -45,7 +45,12 @@ def folder(world: NarrowWorld, embed: Embed, tmp_path_factory: pytest.TempPathFa
             "concepts": [{"name": "cat", "target": ["cat"], "anchor": "an empty meadow"}],
             "retain": KEPT,
             "objective": {"name": "closed-form", "sentences": 2, "scenes": 1, "refine": False},
-            "gate": {"steps": 100, "num_positives": 40, "num_negatives": 60},
+            "gate": {
+                "steps": 100,
+                "num_positives": 40,
+                "num_negatives": 60,
+                "least_strength": 1.0,
+            },
         }
     )
     train(config, denoiser=world)
@@ -84,6 +89,16 @@ def test_a_prompt_that_was_not_drawn_leaves_the_answers_open(folder: Path, embed
         Question(Kind.TARGET, TEXTS[0], ("cat",), "cat"), True, True, False, True, 1, 99, 0
     )
     assert judge(pack, Cell("ours", 1, 0, 1.0, 1, (silent,)), embed)[0.25].answers is None
+
+
+def test_what_would_have_been_written_weaker_leaves_the_answers_open(
+    folder: Path, embed: Embed
+) -> None:
+    pack = checkpoint.load(folder / "packs" / "1-0" / "ours.safetensors")
+    pack.info.training["gate"]["least_strength"] = 0.5
+    outcomes = judge(pack, cell_of(pack, embed, TEXTS), embed, embed(["a bus"]))
+    assert all(outcome.answers is None for outcome in outcomes.values())
+    assert all(outcome.captions is not None for outcome in outcomes.values())
 
 
 def test_a_folder_is_counted(folder: Path, embed: Embed, tmp_path: Path) -> None:

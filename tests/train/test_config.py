@@ -222,12 +222,20 @@ def untold(data: Data, count: int, objective: str, **sections: object) -> TrainC
     return make_config({**own, **sections})
 
 
-def test_many_concepts_in_closed_form_get_a_lenient_gate(data: Data) -> None:
-    def position(count: int, **gate: object) -> float:
-        return untold(data, count, "closed-form", gate=gate).gate.threshold_position
+def test_many_concepts_in_closed_form_get_a_lenient_gate_that_writes_less_where_it_is_unsure(
+    data: Data,
+) -> None:
+    def settings(count: int, **gate: object) -> tuple[float, ...]:
+        got = untold(data, count, "closed-form", gate=gate).gate
+        where = got.threshold_position, got.false_fire_rate
+        return *where, got.least_strength, got.full_strength_at
 
-    assert [position(count) for count in (1, 2, 4, 5)] == [0.25, 0.15, 0.15, 0]
-    assert position(5, threshold_position=0.4) == 0.4
+    assert settings(1) == (0.25, 0.1, 0.45, 0.88)
+    assert settings(2) == settings(4) == (0.15, 0.1, 0.45, 0.88)
+    assert settings(5) == settings(16) == (0, 0.15, 0.45, 0.88)
+    assert settings(17) == (0, 0.5, 0.35, 0.95)
+    assert settings(17, threshold_position=0.4, least_strength=0.5) == (0.4, 0.5, 0.5, 0.95)
+    assert untold(data, 17, "direct").gate.least_strength == 1
 
 
 def test_refining_takes_less_than_learning_anew_and_grows_with_the_concepts(data: Data) -> None:

@@ -149,9 +149,9 @@ def test_an_ordinary_lora(tmp_path: Path) -> None:
 
 
 def test_a_newer_format(path: Path) -> None:
-    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "4"}))
+    rewrite(path, lambda tensors, metadata: metadata.update({FORMAT_KEY: "5"}))
     with pytest.raises(
-        CheckpointError, match=r"format 4; this pack of nodes reads up to 3\. Update"
+        CheckpointError, match=r"format 5; this pack of nodes reads up to 4\. Update"
     ):
         checkpoint.load(path)
 
@@ -167,6 +167,21 @@ def test_a_pack_of_format_1_is_still_read(path: Path) -> None:
 
     rewrite(path, age)
     assert checkpoint.load(path).info == before.info
+
+
+def test_a_pack_of_format_3_is_still_read_and_writes_all_of_its_lora(path: Path) -> None:
+    before = checkpoint.load(path)
+
+    def age(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        config = json.loads(metadata[CONFIG_KEY])
+        for added in ("least_strength", "full_strength_at"):
+            del config["gate"][added]
+        metadata.update({FORMAT_KEY: "3", CONFIG_KEY: json.dumps(config)})
+
+    rewrite(path, age)
+    pack = checkpoint.load(path)
+    assert pack.info == before.info
+    assert torch.equal(pack.gate.strength(torch.tensor([0.5, 0.6])), torch.ones(2))
 
 
 def change_config(**changes: object) -> Callable[[dict[str, Tensor], dict[str, str]], None]:
@@ -309,6 +324,39 @@ def test_the_surer_concept_of_a_token_acts(tmp_path: Path) -> None:
     only = pack.only(["dog"]).write(text)
     assert len(only.parts) == 1
     assert only.parts[0].active.all()
+
+
+def grade(pack: checkpoint.Pack, *, least: float, full: float) -> checkpoint.Pack:
+    """The same pack, which writes all of its LoRA only from a probability of ``full`` on."""
+    pack.gate.config = replace(pack.gate.config, least_strength=least, full_strength_at=full)
+    return pack
+
+
+@pytest.mark.parametrize("tokens", [True, False])
+def test_what_the_gate_is_hardly_sure_of_is_written_weaker(tmp_path: Path, tokens: bool) -> None:
+    pack = reads_tokens(tmp_path / "pack.safetensors")
+    pack.gate.config = replace(pack.gate.config, tokens=tokens)
+    texts = torch.stack([token(cat=1.3), token(cat=9), token()])
+    texts = texts[:, None] if tokens else texts
+    whole = pack.generate(texts)
+    weaker = grade(pack, least=0.25, full=0.9).generate(texts)
+    share = (weaker.factors.squared_norm() / whole.factors.squared_norm()).sqrt()
+    assert whole.reading.open.tolist() == weaker.reading.open.tolist() == [True, True, False]
+    assert 0.25 <= share[0].item() < 0.5
+    assert share[1].item() == 1
+    assert not weaker.factors.active[2]
+    again = replace(pack, graded=False).generate(texts).factors
+    torch.testing.assert_close(again.delta(0), whole.factors.delta(0))
+
+
+def test_beside_the_surest_only_what_is_written_whole_acts(tmp_path: Path) -> None:
+    pack = reads_tokens(tmp_path / "pack.safetensors")
+    text = torch.stack([token(cat=6), token(dog=5)])
+    assert len(grade(pack, least=0.5, full=0.9).write(text).parts) == 2
+    [only] = grade(pack, least=0.5, full=0.999).write(text).parts
+    wanted = pack.hypernetwork.generate(text[:1])
+    torch.testing.assert_close(only.down[0], wanted.down[0])
+    assert 0.5 < only.scale.item() < 1
 
 
 def test_a_low_threshold_still_lets_the_surest_act(tmp_path: Path) -> None:

@@ -49,6 +49,28 @@ def test_a_threshold_that_is_no_probability_is_refused(threshold: float) -> None
         make_gate().read(CAT[None], threshold=threshold)
 
 
+def graded(least: float, full: float) -> Gate:
+    return Gate(GateConfig(3, 2, least_strength=least, full_strength_at=full))
+
+
+def test_what_is_surer_is_written_more() -> None:
+    odds = torch.tensor([-2.0, 0.0, 1.0, 2.0, 9.0, 50.0])
+    strength = graded(0.4, torch.tensor(2.0).sigmoid().item()).strength(odds.sigmoid())
+    torch.testing.assert_close(strength, torch.tensor([0.4, 0.4, 0.7, 1.0, 1.0, 1.0]))
+    assert (strength[-2:] == 1).all()
+
+
+def test_by_default_all_of_it_is_written() -> None:
+    probability = torch.tensor([0.0, 0.01, 0.5, 0.9, 1.0])
+    assert torch.equal(make_gate().strength(probability), torch.ones(5))
+
+
+@pytest.mark.parametrize(("least", "full"), [(0.0, 0.9), (1.5, 0.9), (0.5, 0.5), (0.5, 1.0)])
+def test_strengths_that_make_no_sense_are_refused(least: float, full: float) -> None:
+    with pytest.raises(ValueError, match=f"got {least if full == 0.9 else full}"):
+        graded(least, full)
+
+
 def test_switches_must_name_every_concept() -> None:
     with pytest.raises(ValueError, match="each of 2 concepts, got 1"):
         make_gate().read(CAT[None], active=[True])
