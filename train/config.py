@@ -188,7 +188,7 @@ class GateConfig(BaseModel):
     false_fire_rate: OpenShare = 0.1
     threshold_position: Share = 0.25
     least_strength: Annotated[float, BeforeValidator(_to_number), Field(gt=0, le=1)] = 1.0
-    full_strength_at: Annotated[float, BeforeValidator(_to_number), Field(gt=0.5, lt=1)] = 0.98
+    full_strength_at: Annotated[float, BeforeValidator(_to_number), Field(gt=0.5, lt=1)] = 0.9
 
 
 class DiscoveryConfig(BaseModel):
@@ -301,10 +301,10 @@ REFINING_LR = 5e-3
 MORE_STEPS, MORE_ROLLOUTS = 0.4, 0.42
 """Powers of the number of concepts by which both grow."""
 GATES: Mapping[int, Mapping[str, float]] = {
-    0: {"least_strength": 0.45, "full_strength_at": 0.88},
+    0: {"least_strength": 0.5},
     1: {"threshold_position": 0.15},
     4: {"threshold_position": 0.0, "false_fire_rate": 0.15},
-    16: {"false_fire_rate": 0.5, "least_strength": 0.35, "full_strength_at": 0.95},
+    16: {"false_fire_rate": 0.5},
 }
 """Of the gate, there where there are more concepts than so many, and what fewer have where nothing else is said."""
 

@@ -30,7 +30,7 @@ class GateConfig:
     threshold: float = 0.5
     tokens: bool = False
     least_strength: float = 1.0
-    full_strength_at: float = 0.98
+    full_strength_at: float = 0.9
 
     def __post_init__(self) -> None:
         for name in ("embedding_dim", "num_concepts", "hidden_dim"):
