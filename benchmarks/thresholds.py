@@ -101,7 +101,7 @@ def judge(
         answers = tuple(_silenced(a) if not fires[a.question.text] else a for a in cell.answers)
         known = all(a.acts for a in cell.answers if fires[a.question.text])
         # Elsewhere, a graded pack's threshold would have let it write more or less of its LoRA.
-        known = known and config.gate.least_strength == 1
+        known = known and pack.gate.config.least_strength == 1
         share = None if captions is None else fired(gate, captions).float().mean().item()
         outcomes[position] = Outcome(answers if known else None, share)
     return outcomes

@@ -735,7 +735,10 @@ def _describe(file: Path, info: PackInfo) -> Rows:
         f"{network.architecture.value}, rank {network.rank}, hidden {network.hidden_dim}, S = {network.num_steps}, "
         f"{len(info.targets)} target modules, {file.stat().st_size / 1024:.0f} KiB",
     )
-    yield "gate", f"fires from probability {info.gate.threshold:g}"
+    gate, weaker = info.gate, ""
+    if gate.least_strength < 1:
+        weaker = f", with {gate.least_strength:.0%} of its LoRA at 0.5 and all of it from {gate.full_strength_at:g} on"
+    yield "gate", f"fires from probability {gate.threshold:g}{weaker}"
     if info.calibration:
         c = info.calibration
         yield (

@@ -164,7 +164,7 @@ class GateConfig(BaseModel):
         held_back: share of retain phrases, captions and positives kept for calibration.
         false_fire_rate: how many of the kept negatives may fire, for all concepts together.
         threshold_position: where the threshold lies between kept negatives (0) and positives (1).
-        least_strength: of the LoRA at the threshold; 1 writes all of it wherever the gate fires.
+        least_strength: how much of the LoRA is written up to a probability of 0.5; 1 writes all of it wherever the gate fires.
         full_strength_at: probability from which on all of it is written.
     """
 
@@ -188,7 +188,7 @@ class GateConfig(BaseModel):
     false_fire_rate: OpenShare = 0.1
     threshold_position: Share = 0.25
     least_strength: Annotated[float, BeforeValidator(_to_number), Field(gt=0, le=1)] = 1.0
-    full_strength_at: Annotated[float, BeforeValidator(_to_number), Field(gt=0.5, lt=1)] = 0.9
+    full_strength_at: Annotated[float, BeforeValidator(_to_number), Field(gt=0.5, le=0.9999)] = 0.9
 
 
 class DiscoveryConfig(BaseModel):
@@ -491,6 +491,11 @@ class TrainConfig(BaseModel):
             for section, given in own.items()
             if isinstance(given, dict)
         }
+        if (
+            merged.get("gate", {}).get("least_strength") == 1
+            and "false_fire_rate" not in own["gate"]
+        ):
+            merged["gate"].pop("false_fire_rate", None)  # what fires in vain would do so whole
         return {**data, **merged}
 
     @field_validator("output")
@@ -632,6 +637,14 @@ def in_closed_form(config: TrainConfig, *, own_length: bool = False) -> TrainCon
         plain = given if own_length else kind.model_validate(anew[name])
         update[name] = _with_defaults(given, plain, defaults[name])
     return config.model_copy(update=update)
+
+
+def for_whole_lora(gate: GateConfig, num_concepts: int) -> GateConfig:
+    """Settings for a pack that writes all of its LoRA wherever it fires: no more may do so in vain than elsewhere, unless that was set."""
+    lenient = _defaults_of(ObjectiveName.CLOSED_FORM, num_concepts)["gate"].get("false_fire_rate")
+    if gate.false_fire_rate != lenient:
+        return gate
+    return gate.model_copy(update={"false_fire_rate": GateConfig().false_fire_rate})
 
 
 def _defaults_of(objective: object, num_concepts: int) -> Mapping[str, Mapping[str, object]]:

@@ -34,6 +34,7 @@ from .config import (
     ObjectiveConfig,
     ObjectiveName,
     TrainConfig,
+    for_whole_lora,
     in_closed_form,
     make_config,
 )
@@ -179,7 +180,7 @@ def extend(
 
     Args:
         path: of the pack; it stays as it is.
-        config: of the new concepts. Network, S and threshold are the pack's.
+        config: of the new concepts. Network, S, threshold and strengths are the pack's.
         progress, comfyui, denoiser: as for :func:`train.run.train`.
 
     Raises:
@@ -407,7 +408,11 @@ def fitting(pack: Pack, config: TrainConfig) -> TrainConfig:
             "List phrases that must stay as they are."
         )
     captions = tuple(text for text in config.retain_captions if not mentions(text, erased))
-    gate = config.gate.model_copy(update={"tokens": pack.info.gate.tokens})
+    own_gate = pack.info.gate
+    kept = ("tokens", "least_strength", "full_strength_at")
+    gate = config.gate.model_copy(update={name: getattr(own_gate, name) for name in kept})
+    if own_gate.least_strength == 1:
+        gate = for_whole_lora(gate, len(config.concepts))
     own_parts = {"network": own, "gate": gate, "retain": retain, "retain_captions": captions}
     return config.model_copy(update=own_parts)
 

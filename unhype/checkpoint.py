@@ -222,9 +222,10 @@ class Pack:
     def _strength(self, reading: Reading) -> Tensor:
         """How much of each prompt's LoRA is written, (batch,): nothing where nothing fires."""
         surest = reading.probability.masked_fill(~reading.fired, 0).amax(1)
-        return self._share(surest) * reading.open
+        return self.strength(surest) * reading.open
 
-    def _share(self, probability: Tensor) -> Tensor:
+    def strength(self, probability: Tensor) -> Tensor:
+        """How much of the LoRA is written for what fires with these probabilities, of any shape; see :meth:`Gate.strength`."""
         return self.gate.strength(probability) if self.graded else torch.ones_like(probability)
 
     def _stands_out(self, surest: Tensor) -> Tensor:
@@ -234,7 +235,7 @@ class Pack:
         logits = self.gate(surest).masked_fill(~active, SILENT)
         own = logits.diagonal()
         beyond = own - math.log(threshold / (1 - threshold))
-        beside = (beyond >= ENOUGH * beyond.max()) & (self._share(own.sigmoid()) >= 1)
+        beside = (beyond >= ENOUGH * beyond.max()) & (self.strength(own.sigmoid()) >= 1)
         return (own >= logits.amax(1)) & (beside | (own >= own.max()))
 
     def _known(self, embedding: Tensor) -> Tensor:

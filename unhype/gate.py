@@ -14,6 +14,8 @@ SILENT = -1e4
 """Logit of a vector that says nothing."""
 EVEN = 0.5
 """Probability at which training puts the threshold."""
+SUREST = 0.9999
+"""Probability beyond which single precision tells little apart."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,9 @@ class GateConfig:
             raise ValueError(
                 f"least_strength must be more than 0 and at most 1, got {self.least_strength}."
             )
-        if not EVEN < self.full_strength_at < 1:
+        if not EVEN < self.full_strength_at <= SUREST:
             raise ValueError(
-                f"full_strength_at must lie between {EVEN} and 1, got {self.full_strength_at}."
+                f"full_strength_at must be more than {EVEN} and at most {SUREST}, got {self.full_strength_at}."
             )
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,24 @@ def inspect(nodes: dict[str, Any], **inputs: Any) -> tuple[Any, dict[str, Any]]:
     return bound.execute(**inputs).result, metadata
 
 
+def test_what_the_gate_is_less_sure_of_is_told_and_written_weaker(
+    nodes, world: Any, make_pack
+) -> None:
+    whole = make_pack()
+    graded = make_pack()
+    graded.gate.config = replace(graded.gate.config, least_strength=0.2, full_strength_at=0.9999)
+    conditioning = world.encode(CAT)
+    norms = [
+        generate(pack, conditioning).entries[0].factors.squared_norm() for pack in (whole, graded)
+    ]
+    share = (norms[1] / norms[0]).sqrt().item()
+    assert 0.5 < share < 0.95
+    (text, figures, _, _), _ = inspect(nodes, unhype=graded, conditioning=conditioning)
+    told = json.loads(figures)["entries"][0]["concepts"]["cat"]["strength"]
+    assert told == pytest.approx(share, abs=1e-4)
+    assert f"cat (1.00, {share:.0%} of its LoRA)" in text
+
+
 def test_inspect_tells_gate_change_and_what_fired(nodes, world: Any, make_pack) -> None:
     pack = make_pack(concepts=("cat", "bus"), fires=(CAT, DOG)).only(["cat"])
     conditioning = [*world.encode(CAT), *world.encode(DOG)]
@@ -238,7 +257,9 @@ def test_inspect_tells_gate_change_and_what_fired(nodes, world: Any, make_pack) 
         "probability": pytest.approx(1, abs=1e-3),
         "fired": False,
         "active": False,
+        "strength": 0.0,
     }
+    assert first["concepts"]["cat"]["strength"] == 1.0
     factors = generate(pack, world.encode(CAT)).entries[0].factors
     norms = [float(factors.delta(i)[0].norm()) for i in range(len(factors.targets))]
     assert list(first["norms"].values()) == pytest.approx(norms, rel=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,7 @@ def test_what_would_have_been_written_weaker_leaves_the_answers_open(
     folder: Path, embed: Embed
 ) -> None:
     pack = checkpoint.load(folder / "packs" / "1-0" / "ours.safetensors")
-    pack.info.training["gate"]["least_strength"] = 0.5
+    pack.gate.config = replace(pack.gate.config, least_strength=0.5)
     outcomes = judge(pack, cell_of(pack, embed, TEXTS), embed, embed(["a bus"]))
     assert all(outcome.answers is None for outcome in outcomes.values())
     assert all(outcome.captions is not None for outcome in outcomes.values())

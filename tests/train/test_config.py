@@ -10,7 +10,14 @@ import yaml
 from typer.testing import CliRunner
 
 from train.cli import app
-from train.config import ConfigError, TrainConfig, in_closed_form, load_config, make_config
+from train.config import (
+    ConfigError,
+    TrainConfig,
+    for_whole_lora,
+    in_closed_form,
+    load_config,
+    make_config,
+)
 
 Data = dict[str, object]
 
@@ -236,6 +243,18 @@ def test_many_concepts_in_closed_form_get_a_lenient_gate_that_writes_less_where_
     assert settings(17) == (0, 0.5, 0.5, 0.9)
     assert settings(17, threshold_position=0.4, least_strength=0.6) == (0.4, 0.5, 0.6, 0.9)
     assert untold(data, 17, "direct").gate.least_strength == 1
+
+
+def test_no_more_fires_in_vain_where_all_of_the_lora_is_written(data: Data) -> None:
+    def rate(**gate: object) -> float:
+        return untold(data, 17, "closed-form", gate=gate).gate.false_fire_rate
+
+    assert (rate(), rate(least_strength=1)) == (0.5, 0.1)
+    assert rate(least_strength=1, false_fire_rate=0.3) == 0.3
+    lenient = untold(data, 17, "closed-form").gate
+    assert for_whole_lora(lenient, 17).false_fire_rate == 0.1
+    own = lenient.model_copy(update={"false_fire_rate": 0.3})
+    assert for_whole_lora(own, 17) == own
 
 
 def test_refining_takes_less_than_learning_anew_and_grows_with_the_concepts(data: Data) -> None:

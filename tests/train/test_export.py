@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,23 @@ def test_the_file_holds_what_the_pack_writes(
     assert metadata["modelspec.license"] == "CC0-1.0"
     with pytest.raises(checkpoint.CheckpointError, match="is not an UnHype pack"):
         checkpoint.read_info(path)
+
+
+def test_the_file_holds_all_of_what_a_graded_pack_writes_in_part(
+    pack: Pack, denoiser: TinyDenoiser, tmp_path: Path
+) -> None:
+    path, embedding = tmp_path / "cat.safetensors", denoiser.embed_pooled(["a photo of a cat"])
+    config = pack.gate.config
+    pack.gate.config = replace(config, least_strength=0.1, full_strength_at=0.9999)
+    try:
+        export(pack, "a photo of a cat", embedding, path, Spelling.HOST, force=False)
+        part = pack.generate(embedding).factors.squared_norm().item()
+    finally:
+        pack.gate.config = config
+    found = read_state_dict(state.read(path)[0], pack.info.targets)
+    wanted = pack.generate(embedding).factors
+    torch.testing.assert_close(found.squared_norm(), wanted.squared_norm())
+    assert part < 0.99 * wanted.squared_norm().item()
 
 
 def test_a_prompt_that_asks_for_nothing_is_refused_unless_forced(

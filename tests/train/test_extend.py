@@ -285,6 +285,14 @@ def test_settings_that_an_extension_cannot_have_are_refused(
         fitting(pack, make_new(override))
 
 
+def test_how_strongly_to_write_is_the_packs(pack: Pack, make_new: Make) -> None:
+    assert fitting(pack, make_new("gate.least_strength=0.3")).gate.least_strength == 1
+    gate = replace(pack.info.gate, least_strength=0.4, full_strength_at=0.8)
+    graded = replace(pack, info=replace(pack.info, gate=gate))
+    got = fitting(graded, make_new()).gate
+    assert (got.least_strength, got.full_strength_at) == (0.4, 0.8)
+
+
 def test_what_the_pack_erases_is_not_retained(
     pack: Pack, make_new: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 log = logging.getLogger("unhype")
 
 
+ROUNDING = 1e-3
+"""Between strengths that are the same, read in batches of other sizes."""
+
+
 @dataclass(frozen=True)
 class DynamicLoRA:
     """What a pack wrote for each entry of a conditioning."""
@@ -43,11 +47,12 @@ def describe(pack: Pack, reading: Reading) -> str:
     """Which concepts fired in the rows of one conditioning entry, or which came closest."""
     probability = reading.probability.amax(0).tolist()
     fired = reading.fired.any(0).tolist()
+    strength = pack.strength(reading.probability.amax(0)).tolist()
     names = pack.info.concept_names
     if any(fired):
         parts = [
-            f"{name} ({p:.2f})"
-            for name, p, fires in zip(names, probability, fired, strict=True)
+            f"{name} ({p:.2f}{'' if share == 1 else f', {share:.0%} of its LoRA'})"
+            for name, p, share, fires in zip(names, probability, strength, fired, strict=True)
             if fires
         ]
         return f"fired: {', '.join(parts)}"
@@ -97,8 +102,8 @@ def generate(
 def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
     """Factors for the rows of one conditioning entry.
 
-    Of everything that a row is made from, each concept that fires takes the vector at which it fires most surely, and the
-    factors written for those vectors add up. Where each 77 tokens can have their own LoRA, these are written too, in the same
+    Of everything that a row is made from, each concept that acts (:meth:`Pack.write`) takes the vector at which it fires most
+    surely, and the factors written for those vectors add up. Where each 77 tokens can have their own LoRA, these are written too, in the same
     way from what belongs to them. Vectors of zeros, as Conditioning Zero Out leaves them, ask for nothing.
     """
     further = embeddings.further
@@ -108,9 +113,11 @@ def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
 
 
 def _write_chunks(pack: Pack, embeddings: EntryEmbeddings, reading: Reading) -> LoRAFactors | None:
-    """Factors for every 77 tokens, if the family allows and they explain all that fired."""
+    """Factors for every 77 tokens, if the family allows and they explain all that fired, as strongly as it did."""
     if embeddings.chunks is None or not pack.info.spec.per_chunk:
         return None
     chunks = [pack.write(candidates) for candidates in embeddings.chunks]
-    explained = gather(chunks).fired.any(0) | ~reading.fired.any(0)
-    return stack(chunks) if explained.all() else None
+    own = gather(chunks)
+    strong = [pack.strength(r.probability.amax(0)) for r in (own, reading)]
+    explained = own.fired.any(0) & (strong[0] >= strong[1] - ROUNDING)
+    return stack(chunks) if (explained | ~reading.fired.any(0)).all() else None

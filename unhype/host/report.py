@@ -79,11 +79,11 @@ class Bar:
 def _entry(pack: Pack, generated: Generated) -> dict[str, Any]:
     reading = generated.reading
     probability, fired = reading.probability.amax(0).tolist(), reading.fired.any(0).tolist()
+    strength = (pack.strength(reading.probability.amax(0)) * reading.fired.any(0)).tolist()
+    rows = zip(pack.info.concept_names, probability, fired, pack.active, strength, strict=True)
     concepts = {
-        name: {"probability": p, "fired": fires, "active": active}
-        for name, p, fires, active in zip(
-            pack.info.concept_names, probability, fired, pack.active, strict=True
-        )
+        name: {"probability": p, "fired": fires, "active": active, "strength": share}
+        for name, p, fires, active, share in rows
     }
     norms = generated.factors.squared_norms().amax(0).sqrt().tolist()
     return {
