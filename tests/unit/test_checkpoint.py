@@ -156,29 +156,27 @@ def test_a_newer_format(path: Path) -> None:
         checkpoint.load(path)
 
 
+def age(path: Path, version: str, section: str, *unknown: str) -> None:
+    """Make a pack one of an older format, whose description lacks some keys of a section."""
+
+    def change(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        config = json.loads(metadata[CONFIG_KEY])
+        for key in unknown:
+            del config[section][key]
+        metadata.update({FORMAT_KEY: version, CONFIG_KEY: json.dumps(config)})
+
+    rewrite(path, change)
+
+
 def test_a_pack_of_format_1_is_still_read(path: Path) -> None:
     before = checkpoint.load(path)
-
-    def age(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        config = json.loads(metadata[CONFIG_KEY])
-        for added in ("num_concepts", "directions"):
-            del config["hypernetwork"][added]
-        metadata.update({FORMAT_KEY: "1", CONFIG_KEY: json.dumps(config)})
-
-    rewrite(path, age)
+    age(path, "1", "hypernetwork", "num_concepts", "directions")
     assert checkpoint.load(path).info == before.info
 
 
 def test_a_pack_of_format_3_is_still_read_and_writes_all_of_its_lora(path: Path) -> None:
     before = checkpoint.load(path)
-
-    def age(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        config = json.loads(metadata[CONFIG_KEY])
-        for added in ("least_strength", "full_strength_at"):
-            del config["gate"][added]
-        metadata.update({FORMAT_KEY: "3", CONFIG_KEY: json.dumps(config)})
-
-    rewrite(path, age)
+    age(path, "3", "gate", "least_strength", "full_strength_at")
     pack = checkpoint.load(path)
     assert pack.info == before.info
     assert torch.equal(pack.gate.strength(torch.tensor([0.5, 0.6])), torch.ones(2))
