@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -150,16 +150,25 @@ def _check_model(model: ModelPatcher, pack: Pack) -> None:
 
 
 class Run:
-    """The LoRA of one sampling run, by row number; 0 is none."""
+    """The LoRA of one sampling run, by row number; 0 is none.
+
+    Args:
+        steady: whether no conditioning of the run changes the weights of the model.
+    """
 
     def __init__(
-        self, percent_to_sigma: Callable[[float], float], guards: Sequence[Guard] = ()
+        self,
+        percent_to_sigma: Callable[[float], float],
+        guards: Sequence[Guard] = (),
+        *,
+        steady: bool = False,
     ) -> None:
-        self.guards = guards
+        self.guards, self._steady = guards, steady
         self._percent_to_sigma = percent_to_sigma
         self._numbers: dict[tuple[tuple[Payload, int], ...], int] = {(): 0}
         self._windows: dict[Payload, tuple[float, float]] = {}
         self._tables: dict[frozenset[Payload], tuple[RowTable, list[int | None]]] = {}
+        self._last: RowTable | None = None
         self._sites: dict[nn.Module, tuple[Site, ...]] = {}
 
     def numbers(self, payloads: Sequence[Payload], width: int = 1) -> list[list[int]]:
@@ -188,17 +197,29 @@ class Run:
 
     @contextmanager
     def adapted(
-        self, diffusion_model: nn.Module, rows: Sequence[Sequence[int]], sigma: Tensor
+        self,
+        diffusion_model: nn.Module,
+        rows: Sequence[Sequence[int]],
+        sigma: Tensor,
+        asked: Hashable = None,
     ) -> Iterator[None]:
-        """Change the model inside the block as the rows of the batch ask for at this noise level, (batch,)."""
+        """Change the model inside the block as the rows of the batch ask for at this noise level, (batch,).
+
+        Args:
+            asked: which conditionings are in the batch.
+        """
         if not self:
             yield
             return
         table, places = self._table(self._active(sigma))
         if diffusion_model not in self._sites:
             self._sites[diffusion_model] = find_sites(diffusion_model, table.factors.targets)
+        if self._last is not None and self._last is not table:
+            self._last.forget()
+        self._last = table
         flat = [places[number] for row in rows for number in row]
-        with table.adapted(self._sites[diffusion_model], flat, chunks=len(rows[0])):
+        text = (diffusion_model, asked) if self._steady else None
+        with table.adapted(self._sites[diffusion_model], flat, chunks=len(rows[0]), text=text):
             yield
 
     def _active(self, sigma: Tensor) -> frozenset[Payload]:
@@ -267,7 +288,8 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
     guards = _guards(guider.model_options)
     for guard in guards:
         conds = guard.cover(conds, guidance_scale=_smallest_guidance_scale(guider))
-    run = Run(sampling.percent_to_sigma, guards)
+    steady = not any(cond.get("hooks") for entries in conds.values() for cond in entries)
+    run = Run(sampling.percent_to_sigma, guards, steady=steady)
     tagged = _tag(conds, run)
     if not run and not guards:
         return executor(*args, **kwargs)
@@ -310,7 +332,7 @@ def _apply_model(
     if len(rows) != len(x):
         rows = rows[:1] * len(x)
     base: Any = executor.class_obj
-    with run.adapted(base.diffusion_model, rows, t):
+    with run.adapted(base.diffusion_model, rows, t, tuple(options.get("uuids", ()))):
         return executor(*arguments, **kwargs)
 
 

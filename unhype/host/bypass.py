@@ -9,7 +9,7 @@ offloaded layers, and layers that other LoRAs patch, work as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from ..families import TargetPattern
 from ..lora import LoRAFactors, TargetModule
+from .kept import KeptResults, Record
 
 Forward = Callable[..., Tensor]
 Indices = tuple[int, ...]
-"""Of targets in their list."""
-Products = list[dict[int, Tensor]]
+"""Of the targets of one layer in the list of all."""
+Products = list[dict[Indices, Tensor]]
+"""``down x`` of some layers, for the rows of each stretch."""
 COMPILED = "_orig_mod"
 CHUNK = 77
 """Tokens that a CLIP encodes at a time."""
@@ -141,39 +143,56 @@ class RowTable:
     def __init__(self, factors: LoRAFactors) -> None:
         self.factors = factors
         self._prepared: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Prepared] = {}
-        self._companions: dict[Indices, Indices] = {}
+        self._companions: dict[Indices, tuple[Indices, ...]] = {}
+        self._kept = KeptResults()
 
     @contextmanager
     def adapted(
-        self, sites: Sequence[Site], rows: Sequence[int | None], *, chunks: int = 1
+        self,
+        sites: Sequence[Site],
+        rows: Sequence[int | None],
+        *,
+        chunks: int = 1,
+        text: Hashable | None = None,
     ) -> Iterator[None]:
         """Change the layers inside the block; row i of the batch gets row ``rows[i]`` of the table, or nothing.
 
         Args:
             chunks: 1, or into how many parts of 77 tokens each row of the batch falls; ``rows`` then holds one number for
                 each of them, row by row, and longer inputs repeat them.
+            text: what the calls share whose layers are probably given the same text, so that what they make of it is kept
+                for the next; none if weights may change between the calls.
         """
         if all(row is None for row in rows):
             yield
             return
-        call = _Call(self, [rows[start : start + chunks] for start in range(0, len(rows), chunks)])
+        numbers = tuple(
+            tuple(rows[start : start + chunks]) for start in range(0, len(rows), chunks)
+        )
+        call = _Call(self, numbers, None if text is None else (text, numbers), self._kept)
 
         def make(site: Site, inner: Forward) -> Forward:
             own = tuple(index for index, _ in site.parts)
+            # What another node makes of a layer may change from step to step.
+            own_forward = "forward" in site.layer.__dict__
 
             def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+                known = call.recall(x, own, site.layer) if not own_forward else None
+                if known is not None:
+                    return known
                 layout = call.lay_out(x, site)
                 # down x comes before W x: some quantised layers change their input in place.
                 hidden = call.project(x, own, layout)
                 y = inner(x, *args, **kwargs)
                 split = _split(y, layout.parts)
                 for stretch, products in zip(layout.stretches, hidden, strict=True):
+                    up, start, length = stretch.factors.up(own)
                     changed = split.narrow(0, stretch.start, stretch.length)
-                    for index, target in site.parts:
-                        part = changed
-                        if target.is_slice:
-                            part = changed.narrow(-1, target.start, target.out_features)
-                        _add_per_row(part, products[index], stretch.factors.up[index])
+                    if length < changed.shape[-1]:
+                        changed = changed.narrow(-1, start, length)
+                    _add_per_row(changed, products[own], up)
+                if not own_forward:
+                    call.keep(own, site.layer, y)
                 return y
 
             return forward
@@ -182,9 +201,13 @@ class RowTable:
             yield
         self._companions = call.companions
 
-    def companions(self, parts: Indices) -> Indices | None:
-        """Targets whose layers were given the same input in the last call as the layer of these, themselves the first."""
-        return self._companions.get(parts)
+    def companions(self, site: Indices) -> tuple[Indices, ...] | None:
+        """Layers that were given the same input in the last call as this one, which was the first of them."""
+        return self._companions.get(site)
+
+    def forget(self) -> None:
+        """Give back what layers made of the text."""
+        self._kept = KeptResults()
 
     def prepare(
         self, device: torch.device, dtype: torch.dtype, rows: tuple[int, ...], repeats: int
@@ -198,7 +221,9 @@ class RowTable:
             down = [d[0] if len(wanted) == 1 else d for d in chosen.down]
             up = [(u * scale).mT for u in chosen.up]
             self._prepared[key] = Prepared(
-                [d.to(device, dtype) for d in down], [u.to(device, dtype) for u in up]
+                chosen.targets,
+                [d.to(device, dtype) for d in down],
+                [u.to(device, dtype) for u in up],
             )
         return self._prepared[key]
 
@@ -207,17 +232,42 @@ class Prepared:
     """Factors of every target in a model's precision: ``down`` (rank, in) and ``scale up`` transposed, (1, rank, out), for rows
     that are all the same; else both with the batch before them."""
 
-    def __init__(self, down: list[Tensor], up: list[Tensor]) -> None:
-        self._down, self.up = down, up
-        self._stacked: dict[Indices, tuple[Tensor, list[int]]] = {}
+    def __init__(
+        self, targets: Sequence[TargetModule], down: list[Tensor], up: list[Tensor]
+    ) -> None:
+        self._targets, self._down, self._up = targets, down, up
+        self._stacked: dict[tuple[Indices, ...], tuple[Tensor, list[int]]] = {}
+        self._joined: dict[Indices, tuple[Tensor, int, int]] = {}
 
-    def stack(self, indices: Indices) -> tuple[Tensor, list[int]]:
-        """``down`` of some targets below each other, and the rank of each."""
-        if indices not in self._stacked:
-            parts = [self._down[index] for index in indices]
+    def down(self, sites: tuple[Indices, ...]) -> tuple[Tensor, list[int]]:
+        """``down`` of some layers below each other, and the rank of each layer."""
+        if sites not in self._stacked:
+            parts = [self._down[index] for site in sites for index in site]
             down = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-            self._stacked[indices] = down, [part.shape[-2] for part in parts]
-        return self._stacked[indices]
+            ranks = [sum(self._down[index].shape[-2] for index in site) for site in sites]
+            self._stacked[sites] = down, ranks
+        return self._stacked[sites]
+
+    def up(self, site: Indices) -> tuple[Tensor, int, int]:
+        """``scale up`` of a layer for the stretch of its outputs that change, with its start and length.
+
+        Of several parts of a fused layer it is one matrix with a block for each, so that they are added at once.
+        """
+        if site not in self._joined:
+            targets = [self._targets[index] for index in site]
+            parts = [self._up[index] for index in site]
+            start = min(target.start for target in targets)
+            length = max(target.start + target.out_features for target in targets) - start
+            up = parts[0]
+            if len(parts) > 1:
+                up = up.new_zeros(len(up), sum(part.shape[1] for part in parts), length)
+                row = 0
+                for target, part in zip(targets, parts, strict=True):
+                    columns = slice(target.start - start, target.start - start + part.shape[2])
+                    up[:, row : row + part.shape[1], columns] = part
+                    row += part.shape[1]
+            self._joined[site] = up, start, length
+        return self._joined[site]
 
 
 @dataclass(frozen=True)
@@ -241,6 +291,22 @@ class Layout:
     stretches: tuple[Stretch, ...]
 
 
+@dataclass
+class _Input:
+    """An input that several layers are given, as far as is known.
+
+    Attributes:
+        first: the layer that was given it first in this call.
+        products: at least of that layer.
+        record: what layers made of such an input; none if nothing is kept.
+    """
+
+    x: Tensor
+    first: Indices
+    products: Products
+    record: Record | None
+
+
 class _Call:
     """One call of the model, in which layers that are given the very same input share one product with all their ``down``.
 
@@ -250,19 +316,25 @@ class _Call:
 
     Args:
         numbers: for each row of the batch, its row of the table for each of its chunks.
+        text: what this call shares with others whose layers are given the same input; none if nothing is to be kept.
+        kept: where what they make of it goes.
 
     Attributes:
-        companions: for the first site given an input, the targets of all that were given it.
+        companions: for the first layer given an input, all that were given it.
     """
 
-    def __init__(self, table: RowTable, numbers: Sequence[Sequence[int | None]]) -> None:
-        self._table, self._numbers = table, numbers
+    def __init__(
+        self,
+        table: RowTable,
+        numbers: Sequence[Sequence[int | None]],
+        text: Hashable | None,
+        kept: KeptResults,
+    ) -> None:
+        self._table, self._numbers, self._text, self._kept = table, numbers, text, kept
         self._alike = all(len(set(row)) == 1 for row in numbers)
         self._layouts: dict[tuple[torch.Size, torch.dtype, torch.device], Layout] = {}
-        self._input: Tensor | None = None
-        self._first: Indices = ()
-        self._products: Products = []
-        self.companions: dict[Indices, Indices] = {}
+        self._input: _Input | None = None
+        self.companions: dict[Indices, tuple[Indices, ...]] = {}
 
     def lay_out(self, x: Tensor, site: Site) -> Layout:
         """Where in a layer's input the rows are that have factors."""
@@ -294,31 +366,50 @@ class _Call:
         return Layout(parts, tuple(stretches))
 
     def project(self, x: Tensor, own: Indices, layout: Layout) -> Products:
-        """``down x`` for the rows of every stretch, by target; at least of the targets that are asked for."""
+        """``down x`` for the rows of every stretch, by layer; at least of the layer that asks."""
         # A compiler joins products itself, and would start again after the first step.
         if torch.compiler.is_compiling():
-            return self._project(x, own, layout)
-        if x is not self._input:
-            self.companions[own] = own
-            wanted = self._table.companions(own)
-            products = self._project(x, own if wanted is None else wanted, layout)
-            # An input that no other layer had in the last call need not be kept.
-            self._input, self._products = (None, []) if wanted == own else (x, products)
-            self._first = own
-            return products
-        self.companions[self._first] += own
-        if self._products and own[0] in self._products[0]:
-            return self._products
-        return self._project(x, own, layout)
+            return self._project(x, (own,), layout)
+        if self._input is not None and x is self._input.x:
+            self.companions[self._input.first] += (own,)
+            if own in self._input.products[0]:
+                return self._input.products
+            return self._project(x, (own,), layout)
+        self.companions[own] = (own,)
+        wanted = self._table.companions(own)
+        products = self._project(x, wanted or (own,), layout)
+        record = None
+        if self._text is not None and wanted and len(wanted) > 1:
+            record = self._kept.open((self._text, own), x)
+        # An input that no other layer had in the last call need not be kept.
+        self._input = None if wanted == (own,) else _Input(x, own, products, record)
+        return products
 
-    def _project(self, x: Tensor, indices: Indices, layout: Layout) -> Products:
+    def _project(self, x: Tensor, sites: tuple[Indices, ...], layout: Layout) -> Products:
         split, products = _split(x, layout.parts), []
         for stretch in layout.stretches:
-            down, ranks = stretch.factors.stack(indices)
+            down, ranks = stretch.factors.down(sites)
             product = _per_row(split.narrow(0, stretch.start, stretch.length), down)
-            shares = product.split(ranks, -1) if len(indices) > 1 else (product,)
-            products.append(dict(zip(indices, shares, strict=True)))
+            shares = product.split(ranks, -1) if len(sites) > 1 else (product,)
+            products.append(dict(zip(sites, shares, strict=True)))
         return products
+
+    def keep(self, own: Indices, layer: nn.Module, result: Tensor) -> None:
+        """What a layer made of the input that it was just given."""
+        if self._input is not None and self._input.record is not None:
+            if own == self._input.first:
+                self._input.record.check(layer, result)
+            else:
+                self._input.record.add(layer, result)
+
+    def recall(self, x: Tensor, own: Indices, layer: nn.Module) -> Tensor | None:
+        """What the layer made of such an input in an earlier call, if it is sure to do so again."""
+        if self._input is None or self._input.record is None or x is not self._input.x:
+            return None
+        result = self._input.record.get(layer)
+        if result is not None:
+            self.companions[self._input.first] += (own,)
+        return result
 
 
 def find_spans(rows: Sequence[int | None]) -> tuple[Span, ...]:
