@@ -103,10 +103,10 @@ def _compare(
     names = sorted({target.name for target in factors.targets})
     exactly = factors.to(dtype=torch.float64)
     table, sites = RowTable(factors), find_sites(network, factors.targets)
-    # The second step of a run, for the first only sees which layers have an input in common.
+    # The third step of a run: the first sees which layers have an input in common, from the second on that is used.
     seen: Outputs = {}
-    for _ in range(2):
-        with table.adapted(sites, [0]):
+    for _ in range(3):
+        with table.adapted(sites, [0], text=WHOLE):
             seen = _outputs(model, names, arguments)
     result = seen.pop(WHOLE)[1]
     layers, merged_layers = zip(

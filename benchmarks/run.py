@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from . import generate, machine, sampling, training
+from . import generate, layers, machine, sampling, training
 
 
 def main(
@@ -23,10 +23,12 @@ def main(
     console = Console()
     results = {"machine": machine.start(console), "quick": quick}
     results["generate"] = generate.measure(console, quick=quick)
+    results["layers"] = layers.measure(console, quick=quick)
     results["sampling"] = sampling.measure(list(sampling.SUBJECTS), console, quick=quick)
     if with_training:
         results["training"] = training.measure(training.DEFAULT_PARTS, console, quick=quick)
     generate.show(results["generate"], console)
+    layers.show(results["layers"], console)
     sampling.show(results["sampling"], console)
     if with_training:
         training.show(results["training"], console)

@@ -20,6 +20,7 @@ def test_the_quick_run_writes_every_figure(comfy: Path, tmp_path: Path) -> None:
     assert list(sampling) == ["demo"]
     ratios = [sampling["demo"][f"{variant}_over_plain"] for variant in (*VARIANTS, "mixed")]
     ratios += [generate["heads_over_atoms_time"], generate["heads_over_atoms_bytes"]]
+    ratios += [results["layers"][f"{way}_over_plain"] for way in ("shared", "kept")]
     assert all(math.isfinite(ratio) and ratio > 0 for ratio in ratios)
 
     # The variants must do the same work for their ratios to mean anything.

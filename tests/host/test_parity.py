@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.parity import compare
+from unhype.families import family_of_host_class
 
 from .tiny import TINY, build, fill
 
@@ -37,6 +38,8 @@ def test_errors_are_those_of_rounding(comfy: Path, host_class: str, device: torc
     assert exact["layer"] <= 1e-6
     assert exact["whole"] <= 1e-5
     assert exact["whole_merged"] == 0
-    assert 1e-3 <= rounded["layer"] <= 3.5e-3
+    # Where results are kept they are rounded once.
+    kept = family_of_host_class(host_class).per_chunk
+    assert 1e-3 <= rounded["layer"] <= (2e-3 if kept else 3.5e-3)
     assert 1e-3 <= rounded["layer_merged"] <= 3.5e-3
     assert rounded["whole"] <= 1.3 * rounded["whole_merged"]

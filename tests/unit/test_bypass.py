@@ -53,8 +53,11 @@ def expected(
     return x @ weights.mT + layer.get_parameter("bias")
 
 
+@pytest.mark.parametrize("kept", [None, "the same, perhaps"])
 @pytest.mark.parametrize("rows", [[0, None], [0, 1], [1, None, 0], [0, 0]])
-def test_whatever_the_layers_are_given_each_gets_its_own_change(rows: list[int | None]) -> None:
+def test_whatever_the_layers_are_given_each_gets_its_own_change(
+    rows: list[int | None], kept: str | None
+) -> None:
     network, factors = Network(), draw_factors()
     table, sites = RowTable(factors), find_sites(network, TARGETS)
 
@@ -71,9 +74,12 @@ def test_whatever_the_layers_are_given_each_gets_its_own_change(rows: list[int |
             [("a", state), ("b", text), ("c", other)],  # nothing in common
             [("a", state), ("b", text), ("c", text), ("c", other)],
             [("a", text), ("b", text), ("c", text)],
+            [("a", text), ("b", text), ("c", text)],
+            [("a", text + 1), ("b", text), ("c", text)],
+            [("b", text), ("a", text), ("b", text), ("c", text)],
         ]
         for asked in calls:
-            with table.adapted(sites, rows):
+            with table.adapted(sites, rows, text=kept):
                 got = network(asked)
             for (name, x), result in zip(asked, got, strict=True):
                 wanted = expected(network, factors, rows, name, x)

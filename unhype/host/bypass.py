@@ -184,13 +184,10 @@ class RowTable:
                 # down x comes before W x: some quantised layers change their input in place.
                 hidden = call.project(x, own, layout)
                 y = inner(x, *args, **kwargs)
-                split = _split(y, layout.parts)
-                for stretch, products in zip(layout.stretches, hidden, strict=True):
-                    up, start, length = stretch.factors.up(own)
-                    changed = split.narrow(0, stretch.start, stretch.length)
-                    if length < changed.shape[-1]:
-                        changed = changed.narrow(-1, start, length)
-                    _add_per_row(changed, products[own], up)
+                if not own_forward and call.keeps and _can_be_widened(site.layer, x):
+                    call.replace(y, x, own, site)
+                else:
+                    _add(y, hidden, own, layout)
                 if not own_forward:
                     call.keep(own, site.layer, y)
                 return y
@@ -394,6 +391,23 @@ class _Call:
             products.append(dict(zip(sites, shares, strict=True)))
         return products
 
+    @property
+    def keeps(self) -> bool:
+        """Whether what a layer makes of the input that it was just given is kept, so that it need not be fast."""
+        return self._input is not None and self._input.record is not None
+
+    def replace(self, y: Tensor, x: Tensor, own: Indices, site: Site) -> None:
+        """Give rows of y that have factors W x + scale up (down x), summed in single precision and rounded once."""
+        layer, wide = site.layer, x.float()
+        layout = self.lay_out(wide, site)
+        weight, bias = layer.get_parameter("weight").float(), getattr(layer, "bias", None)
+        result = F.linear(wide, weight, None if bias is None else bias.float())
+        _add(result, self._project(wide, (own,), layout), own, layout)
+        rounded, split = _split(y, layout.parts), _split(result, layout.parts)
+        for stretch in layout.stretches:
+            changed = split.narrow(0, stretch.start, stretch.length)
+            rounded.narrow(0, stretch.start, stretch.length).copy_(changed)
+
     def keep(self, own: Indices, layer: nn.Module, result: Tensor) -> None:
         """What a layer made of the input that it was just given."""
         if self._input is not None and self._input.record is not None:
@@ -441,6 +455,29 @@ def _add_per_row(y: Tensor, x: Tensor, weight: Tensor) -> None:
         y.baddbmm_(x, weight if len(weight) == len(x) else weight.expand(len(x), -1, -1))
     else:
         y.add_((x.reshape(len(x), -1, x.shape[-1]) @ weight).view(y.shape))
+
+
+def _add(y: Tensor, products: Products, site: Indices, layout: Layout) -> None:
+    """Add the change of a layer to the rows of its result that have factors, in place."""
+    split = _split(y, layout.parts)
+    for stretch, product in zip(layout.stretches, products, strict=True):
+        up, start, length = stretch.factors.up(site)
+        changed = split.narrow(0, stretch.start, stretch.length)
+        if length < changed.shape[-1]:
+            changed = changed.narrow(-1, start, length)
+        _add_per_row(changed, product[site], up)
+
+
+def _can_be_widened(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is an ordinary one in half precision, whose sum can be made in single precision."""
+    weight = getattr(layer, "weight", None)
+    return (
+        x.dtype in (torch.float16, torch.bfloat16)
+        and type(weight) is nn.Parameter
+        and (weight.dtype, weight.device) == (x.dtype, x.device)
+        and not getattr(layer, "weight_function", ())
+        and not getattr(layer, "bias_function", ())
+    )
 
 
 def _parts(x: Tensor, site: Site) -> int:
