@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,8 +31,8 @@ ROWS = (0, None)
 
 
 def measure(console: Console, *, quick: bool = False) -> dict[str, Any]:
-    """Microseconds for a layer at a step: ``plain``, with products ``shared`` (as where the text changes at every step), and with results
-    ``kept`` from the step before; ComfyUI must be importable."""
+    """Microseconds for a layer at a step: ``plain``, with products ``shared`` where the text is another at every step, and with results
+    ``kept`` where it is the same; ComfyUI must be importable."""
     import comfy.ops
 
     layers = nn.ModuleList(
@@ -52,22 +52,22 @@ def measure(console: Console, *, quick: bool = False) -> dict[str, Any]:
     shared, kept = RowTable(factors), RowTable(factors)
     ways: dict[str, Callable[[], Any]] = {
         "plain": nullcontext,
-        "shared": lambda: shared.adapted(sites, ROWS),
-        "kept": lambda: kept.adapted(sites, ROWS, text=""),
+        "shared": lambda: shared.adapted(sites, ROWS, keep=""),
+        "kept": lambda: kept.adapted(sites, ROWS, keep=""),
     }
 
-    def step(way: str) -> list[Tensor]:
-        states = text.clone()
+    def step(way: str, number: int) -> list[Tensor]:
+        states = text + number if way == "shared" else text.clone()
         with ways[way]():
             return [layer(states) for layer in layers]
 
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     console.print("layers: measuring")
-    with torch.inference_mode():
-        for _ in range(QUICK_ROUNDS if quick else ROUNDS):
+    with torch.inference_mode(), _one_thread():
+        for number in range(QUICK_ROUNDS if quick else ROUNDS):
             for way, own in seconds.items():
                 started = time.perf_counter()
-                step(way)
+                step(way, number)
                 own.append(time.perf_counter() - started)
     medians = {way: statistics.median(own) for way, own in seconds.items()}
     return {
@@ -76,6 +76,17 @@ def measure(console: Console, *, quick: bool = False) -> dict[str, Any]:
         "kept_over_plain": medians["kept"] / medians["plain"],
         **{f"{way}_microseconds": median / NUM_LAYERS * 1e6 for way, median in medians.items()},
     }
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for each other would be measured in place of what is started."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def show(results: dict[str, Any], console: Console) -> None:

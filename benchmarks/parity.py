@@ -106,7 +106,7 @@ def _compare(
     # The third step of a run: the first sees which layers have an input in common, from the second on that is used.
     seen: Outputs = {}
     for _ in range(3):
-        with table.adapted(sites, [0], text=WHOLE):
+        with table.adapted(sites, [0], keep=WHOLE):
             seen = _outputs(model, names, arguments)
     result = seen.pop(WHOLE)[1]
     layers, merged_layers = zip(

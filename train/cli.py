@@ -300,8 +300,8 @@ def export(
             denoiser = _load_model(files, comfyui, report)
             check_family(pack, denoiser)
             embedding = reader(denoiser, pack)([prompt]).cpu()
-        reading = exporting.export(pack, prompt, embedding, output, spelling, force=force)
-        print(f"{output} ({output.stat().st_size / 1024:.0f} KiB): {describe(pack, reading)}")
+        written = exporting.export(pack, prompt, embedding, output, spelling, force=force)
+        print(f"{output} ({output.stat().st_size / 1024:.0f} KiB): {describe(pack, written)}")
 
 
 @app.command()

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unhype.checkpoint import Pack
-from unhype.gate import Reading
+from unhype.checkpoint import Generated, Pack
 from unhype.lora import Spelling
 
 from . import state
@@ -27,7 +26,7 @@ class NothingFiresError(ValueError):
 @torch.no_grad()
 def export(
     pack: Pack, prompt: str, embedding: Tensor, output: Path, spelling: Spelling, *, force: bool
-) -> Reading:
+) -> Generated:
     """Write the LoRA at full strength; it has no gate any more.
 
     Args:
@@ -49,9 +48,10 @@ def export(
             f"{pack.info.gate.threshold:.2f}). Name the concept in the prompt, or give --force to write the LoRA anyway."
         )
     if reading.open.item():
-        factors = replace(pack, graded=False).generate(embedding).factors
+        generated = replace(pack, graded=False).generate(embedding)
     else:
         factors = pack.hypernetwork.generate(surest(pack.gate, embedding))
+        generated = Generated(factors, reading, torch.zeros_like(reading.probability))
     info = pack.info
     fires = zip(info.concept_names, reading.fired[0].tolist(), strict=True)
     fired = [name for name, yes in fires if yes]
@@ -74,5 +74,5 @@ def export(
         "pack it acts on every prompt.",
         "modelspec.license": info.license,
     }
-    state.write(output, factors.to("cpu").state_dict(spelling=spelling), metadata)
-    return reading
+    state.write(output, generated.factors.to("cpu").state_dict(spelling=spelling), metadata)
+    return generated

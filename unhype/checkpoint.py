@@ -118,11 +118,15 @@ class PackInfo:
 class Generated:
     """LoRA factors for a batch of prompts, and what the gate read in each; ``factors.scale`` is 0 where nothing fired.
 
-    ``chunks``: factors for every 77 tokens of one long prompt, where each can have its own.
+    Attributes:
+        shares: how much of its LoRA is written for each concept, (batch, concepts) in [0, 1]; 0 also where one fires and leaves
+            it to another that is surer.
+        chunks: factors for every 77 tokens of one long prompt, where each can have its own.
     """
 
     factors: LoRAFactors
     reading: Reading
+    shares: Tensor
     chunks: LoRAFactors | None = None
 
 
@@ -193,10 +197,11 @@ class Pack:
         if embedding.dim() == 3:
             counts = heard(embedding).sum(1).clamp(min=1).tolist()
             rows = [self.write(v[:count], s=s) for v, count in zip(embedding, counts, strict=True)]
-            return Generated(stack(rows), gather(rows))
+            return Generated(stack(rows), *gather(rows))
         reading = self.read(embedding)
-        factors = self.hypernetwork.generate(embedding, s)
-        return Generated(factors.scaled(self._strength(reading).to(factors.scale)), reading)
+        factors, strength = self.hypernetwork.generate(embedding, s), self._strength(reading)
+        shares = reading.fired * strength[:, None]
+        return Generated(factors.scaled(strength.to(factors.scale)), reading, shares)
 
     @torch.no_grad()
     def write(self, vectors: Tensor, *, s: float | None = None) -> Written:
@@ -214,10 +219,10 @@ class Pack:
         acting = fires & self._stands_out(vectors[surest]) if self.gate.config.tokens else fires
         chosen = surest[acting].unique() if fires.any() else probability.amax(1).argmax()[None]
         generated = self.hypernetwork.generate(vectors[chosen], s)
-        strength = self._strength(Reading(reading.probability[chosen], reading.fired[chosen]))
-        generated = generated.scaled((strength * says[chosen]).to(generated.scale))
+        strength = self._strength(reading) * says
+        generated = generated.scaled(strength[chosen].to(generated.scale))
         parts = tuple(generated.rows([index]) for index in range(len(chosen)))
-        return Written(parts, Reading(probability.amax(0), fires))
+        return Written(parts, Reading(probability.amax(0), fires), strength[surest] * acting)
 
     def _strength(self, reading: Reading) -> Tensor:
         """How much of each prompt's LoRA is written, (batch,): nothing where nothing fires."""
@@ -246,18 +251,20 @@ class Pack:
 
 @dataclass(frozen=True)
 class Written:
-    """The factors that one text's LoRA is the sum of, and what fired for it, (concepts,) each."""
+    """The factors that one text's LoRA is the sum of, what fired for it, and each concept's share, (concepts,) each."""
 
     parts: tuple[LoRAFactors, ...]
     reading: Reading
+    shares: Tensor
 
 
-def gather(rows: Sequence[Written]) -> Reading:
-    """What fired, (rows, concepts)."""
-    return Reading(
+def gather(rows: Sequence[Written]) -> tuple[Reading, Tensor]:
+    """What fired, and each concept's share, (rows, concepts) each."""
+    reading = Reading(
         torch.stack([row.reading.probability for row in rows]),
         torch.stack([row.reading.fired for row in rows]),
     )
+    return reading, torch.stack([row.shares for row in rows])
 
 
 def stack(rows: Sequence[Written]) -> LoRAFactors:

@@ -33,8 +33,8 @@ def test_the_file_holds_what_the_pack_writes(
 ) -> None:
     path, prompt = tmp_path / "new" / "cat.safetensors", "a photo of a cat"
     embedding = denoiser.embed_pooled([prompt])
-    reading = export(pack, prompt, embedding, path, spelling, force=False)
-    assert reading.open.item()
+    written = export(pack, prompt, embedding, path, spelling, force=False)
+    assert written.reading.open.item()
     tensors, metadata = state.read(path)
     found = read_state_dict(tensors, pack.info.targets, spelling)
     wanted = pack.generate(embedding).factors

@@ -53,7 +53,7 @@ def expected(
     return x @ weights.mT + layer.get_parameter("bias")
 
 
-@pytest.mark.parametrize("kept", [None, "the same, perhaps"])
+@pytest.mark.parametrize("kept", [None, "batch"])
 @pytest.mark.parametrize("rows", [[0, None], [0, 1], [1, None, 0], [0, 0]])
 def test_whatever_the_layers_are_given_each_gets_its_own_change(
     rows: list[int | None], kept: str | None
@@ -79,7 +79,7 @@ def test_whatever_the_layers_are_given_each_gets_its_own_change(
             [("b", text), ("a", text), ("b", text), ("c", text)],
         ]
         for asked in calls:
-            with table.adapted(sites, rows, text=kept):
+            with table.adapted(sites, rows, keep=kept):
                 got = network(asked)
             for (name, x), result in zip(asked, got, strict=True):
                 wanted = expected(network, factors, rows, name, x)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from unhype.host.kept import TRIES, KeptResults, Record
+from unhype.host.kept import STALE, TRIES, KeptResults, Record
 
 FIRST, OTHER = nn.Linear(2, 2), nn.Linear(2, 2)
 TEXT, RESULT = torch.ones(1, 3, 2), torch.full((1, 3, 2), 2.0)
+SIZE = 2 * RESULT.nbytes
 
 
 def step(kept: KeptResults, text: Tensor = TEXT, result: Tensor = RESULT) -> Record:
     """The first layer's part of a step."""
-    record = kept.open("key", text)
+    record = kept.open("key", text, SIZE)
+    assert record is not None
     record.check(FIRST, result)
     return record
 
@@ -61,12 +63,14 @@ def test_another_result_of_the_first_layer_ends_it() -> None:
 def test_a_step_that_never_came_to_the_first_layer_gives_nothing() -> None:
     kept = KeptResults()
     full_step(kept)
-    assert kept.open("key", TEXT).get(OTHER) is None
+    record = kept.open("key", TEXT, SIZE)
+    assert record is not None
+    assert record.get(OTHER) is None
 
 
 def test_values_that_are_no_numbers_are_never_the_same() -> None:
     kept, text = KeptResults(), torch.full_like(TEXT, float("nan"))
-    for _ in range(3):
+    for _ in range(TRIES):
         assert not full_step(kept, text)
 
 
@@ -79,27 +83,37 @@ def test_inputs_of_other_precision_or_size_have_records_of_their_own() -> None:
 
 
 def test_there_is_room_for_so_much() -> None:
-    kept = KeptResults(room=2 * RESULT.nbytes)
+    kept = KeptResults(room=SIZE + 1)
+    assert full_step(kept) is False
+    assert kept.open("other", TEXT, SIZE) is None
+    assert full_step(kept), "the first is still there"
+
+
+def test_a_record_takes_no_more_than_it_said() -> None:
+    kept, third = KeptResults(), nn.Linear(2, 2)
     full_step(kept)
-    assert full_step(kept), "both fit"
     record = step(kept)
-    third = nn.Linear(2, 2)
     record.add(third, RESULT)
     assert record.get(third) is None
-    full_step(kept, TEXT + 1)
-    assert full_step(kept, TEXT + 1), "the room is free again"
     record.add(OTHER, RESULT)
-    record.add(OTHER, RESULT)
-    assert full_step(kept, TEXT + 1), "a layer takes its room once"
+    assert record.get(OTHER) is not None, "another result takes the place of the first"
+
+
+def test_what_nobody_asks_for_any_more_makes_room() -> None:
+    kept = KeptResults(room=SIZE)
+    full_step(kept)
+    for _ in range(STALE):
+        assert kept.open("other", TEXT, SIZE) is None
+    record = kept.open("other", TEXT, SIZE)
+    assert record is not None
 
 
 def test_after_tries_in_vain_nothing_is_kept() -> None:
-    kept = KeptResults()
+    kept = KeptResults(room=SIZE)
     for number in range(TRIES + 1):
         assert not full_step(kept, TEXT + number)
-    for _ in range(3):
-        assert not full_step(kept)
-    assert kept.take(KeptResults()._room), "all room is free"
+    assert kept.open("key", TEXT, SIZE) is None
+    assert kept.open("other", TEXT, SIZE) is not None, "all room is free"
 
 
 def test_one_success_gives_new_tries() -> None:
@@ -107,11 +121,3 @@ def test_one_success_gives_new_tries() -> None:
     for number in range(3 * TRIES):
         assert not full_step(kept, TEXT + number)
         assert full_step(kept, TEXT + number)
-
-
-def test_results_that_carry_a_gradient_are_not_kept() -> None:
-    kept = KeptResults()
-    for _ in range(3):
-        record = step(kept)
-        assert record.get(OTHER) is None
-        record.add(OTHER, RESULT.clone().requires_grad_())

@@ -201,12 +201,12 @@ class Run:
         diffusion_model: nn.Module,
         rows: Sequence[Sequence[int]],
         sigma: Tensor,
-        asked: Hashable = None,
+        batch: Hashable | None = None,
     ) -> Iterator[None]:
         """Change the model inside the block as the rows of the batch ask for at this noise level, (batch,).
 
         Args:
-            asked: which conditionings are in the batch.
+            batch: names the conditionings in it, if what layers make of them may be kept for the next step.
         """
         if not self:
             yield
@@ -218,9 +218,14 @@ class Run:
             self._last.forget()
         self._last = table
         flat = [places[number] for row in rows for number in row]
-        text = (diffusion_model, asked) if self._steady else None
-        with table.adapted(self._sites[diffusion_model], flat, chunks=len(rows[0]), text=text):
+        keep = (diffusion_model, batch) if self._steady and batch is not None else None
+        with table.adapted(self._sites[diffusion_model], flat, chunks=len(rows[0]), keep=keep):
             yield
+
+    def forget(self) -> None:
+        """Give back the device's memory at the end of the run, whoever still holds this."""
+        for table, _ in self._tables.values():
+            table.forget()
 
     def _active(self, sigma: Tensor) -> frozenset[Payload]:
         """The payloads in whose part of sampling the noise level lies."""
@@ -301,6 +306,7 @@ def _outer_sample(executor: WrapperExecutor, *args: Any, **kwargs: Any) -> Any:
         return executor(*args, **kwargs)
     finally:
         options.pop(KEY, None)
+        run.forget()
 
 
 def _apply_model(
@@ -332,7 +338,10 @@ def _apply_model(
     if len(rows) != len(x):
         rows = rows[:1] * len(x)
     base: Any = executor.class_obj
-    with run.adapted(base.diffusion_model, rows, t, tuple(options.get("uuids", ()))):
+    # A node that is given the text between two layers may change it in place, differently at every step.
+    changing = options.get("patches", {}).get("attn2_patch")
+    batch = None if changing else tuple(options.get("uuids", ()))
+    with run.adapted(base.diffusion_model, rows, t, batch):
         return executor(*arguments, **kwargs)
 
 

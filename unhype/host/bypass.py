@@ -3,8 +3,9 @@
 y_i = W x_i + scale_i up_i (down_i x_i), row i of the batch with factors of its own.
 
 Training and serving both come through here: ``adapted`` carries the gradient, ``RowTable.adapted`` is the same sum done in
-place on the rows that have factors. What is trained is what is served. Weights are never read or written, so quantised and
-offloaded layers, and layers that other LoRAs patch, work as they are.
+place on the rows that have factors. What is trained is what is served. Weights are never written, and read only of ordinary layers
+in half precision whose results are kept (``kept.py``), so quantised and offloaded layers, and layers that other LoRAs patch, work
+as they are.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ Indices = tuple[int, ...]
 Products = list[dict[Indices, Tensor]]
 """``down x`` of some layers, for the rows of each stretch."""
 COMPILED = "_orig_mod"
+PLAIN = ("torch.nn.modules.linear", "comfy.ops")
+"""Where the ``forward`` of ordinary layers is defined."""
+PAIR = 2
 CHUNK = 77
 """Tokens that a CLIP encodes at a time."""
 
@@ -143,7 +147,7 @@ class RowTable:
     def __init__(self, factors: LoRAFactors) -> None:
         self.factors = factors
         self._prepared: dict[tuple[torch.device, torch.dtype, tuple[int, ...]], Prepared] = {}
-        self._companions: dict[Indices, tuple[Indices, ...]] = {}
+        self._companions: dict[Indices, list[Indices]] = {}
         self._kept = KeptResults()
 
     @contextmanager
@@ -153,15 +157,15 @@ class RowTable:
         rows: Sequence[int | None],
         *,
         chunks: int = 1,
-        text: Hashable | None = None,
+        keep: Hashable | None = None,
     ) -> Iterator[None]:
         """Change the layers inside the block; row i of the batch gets row ``rows[i]`` of the table, or nothing.
 
         Args:
             chunks: 1, or into how many parts of 77 tokens each row of the batch falls; ``rows`` then holds one number for
                 each of them, row by row, and longer inputs repeat them.
-            text: what the calls share whose layers are probably given the same text, so that what they make of it is kept
-                for the next; none if weights may change between the calls.
+            keep: the batch's name, if what layers make of a text may be kept for the next batch of that name; none if
+                weights may change between the two.
         """
         if all(row is None for row in rows):
             yield
@@ -169,27 +173,35 @@ class RowTable:
         numbers = tuple(
             tuple(rows[start : start + chunks]) for start in range(0, len(rows), chunks)
         )
-        call = _Call(self, numbers, None if text is None else (text, numbers), self._kept)
+        call = _Call(self, numbers, None if keep is None else (keep, numbers), self._kept)
 
         def make(site: Site, inner: Forward) -> Forward:
             own = tuple(index for index, _ in site.parts)
             # What another node makes of a layer may change from step to step.
-            own_forward = "forward" in site.layer.__dict__
+            keeps = "forward" not in site.layer.__dict__
 
             def forward(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-                known = call.recall(x, own, site.layer) if not own_forward else None
-                if known is not None:
+                # A compiler joins products itself, and would start again after the first step.
+                if torch.compiler.is_compiling():
+                    layout = call.lay_out(x, site)
+                    products = call.project(x, (own,), layout)
+                    y = inner(x, *args, **kwargs)
+                    _add(y, products, own, layout)
+                    return y
+                given = call.receive(x, own, keeps=keeps)
+                record = given.record if keeps else None
+                if record is not None and (known := record.get(site.layer)) is not None:
                     return known
                 layout = call.lay_out(x, site)
                 # down x comes before W x: some quantised layers change their input in place.
-                hidden = call.project(x, own, layout)
+                products = call.products(given, own, layout)
                 y = inner(x, *args, **kwargs)
-                if not own_forward and call.keeps and _can_be_widened(site.layer, x):
-                    call.replace(y, x, own, site)
+                if record is not None and _is_plain(site.layer, x):
+                    call.sum_in_single_precision(y, x, own, site)
                 else:
-                    _add(y, hidden, own, layout)
-                if not own_forward:
-                    call.keep(own, site.layer, y)
+                    _add(y, products, own, layout)
+                if record is not None:
+                    (record.check if own == given.first else record.add)(site.layer, y)
                 return y
 
             return forward
@@ -200,10 +212,11 @@ class RowTable:
 
     def companions(self, site: Indices) -> tuple[Indices, ...] | None:
         """Layers that were given the same input in the last call as this one, which was the first of them."""
-        return self._companions.get(site)
+        found = self._companions.get(site)
+        return None if found is None else tuple(found)
 
     def forget(self) -> None:
-        """Give back what layers made of the text."""
+        """Give back the memory of what layers made of a text."""
         self._kept = KeptResults()
 
     def prepare(
@@ -289,19 +302,21 @@ class Layout:
 
 
 @dataclass
-class _Input:
-    """An input that several layers are given, as far as is known.
+class _Given:
+    """An input that layers are given.
 
     Attributes:
         first: the layer that was given it first in this call.
-        products: at least of that layer.
+        together: that and the layers that were given one with it in the last call.
         record: what layers made of such an input; none if nothing is kept.
+        products: of ``together``, once they are needed.
     """
 
     x: Tensor
     first: Indices
-    products: Products
+    together: tuple[Indices, ...]
     record: Record | None
+    products: Products | None = None
 
 
 class _Call:
@@ -313,8 +328,8 @@ class _Call:
 
     Args:
         numbers: for each row of the batch, its row of the table for each of its chunks.
-        text: what this call shares with others whose layers are given the same input; none if nothing is to be kept.
-        kept: where what they make of it goes.
+        keep: what names the batch, if results are kept.
+        kept: where they go.
 
     Attributes:
         companions: for the first layer given an input, all that were given it.
@@ -324,14 +339,14 @@ class _Call:
         self,
         table: RowTable,
         numbers: Sequence[Sequence[int | None]],
-        text: Hashable | None,
+        keep: Hashable | None,
         kept: KeptResults,
     ) -> None:
-        self._table, self._numbers, self._text, self._kept = table, numbers, text, kept
+        self._table, self._numbers, self._keep, self._kept = table, numbers, keep, kept
         self._alike = all(len(set(row)) == 1 for row in numbers)
         self._layouts: dict[tuple[torch.Size, torch.dtype, torch.device], Layout] = {}
-        self._input: _Input | None = None
-        self.companions: dict[Indices, tuple[Indices, ...]] = {}
+        self._given: _Given | None = None
+        self.companions: dict[Indices, list[Indices]] = {}
 
     def lay_out(self, x: Tensor, site: Site) -> Layout:
         """Where in a layer's input the rows are that have factors."""
@@ -362,27 +377,38 @@ class _Call:
         ]
         return Layout(parts, tuple(stretches))
 
-    def project(self, x: Tensor, own: Indices, layout: Layout) -> Products:
-        """``down x`` for the rows of every stretch, by layer; at least of the layer that asks."""
-        # A compiler joins products itself, and would start again after the first step.
-        if torch.compiler.is_compiling():
-            return self._project(x, (own,), layout)
-        if self._input is not None and x is self._input.x:
-            self.companions[self._input.first] += (own,)
-            if own in self._input.products[0]:
-                return self._input.products
-            return self._project(x, (own,), layout)
-        self.companions[own] = (own,)
-        wanted = self._table.companions(own)
-        products = self._project(x, wanted or (own,), layout)
-        record = None
-        if self._text is not None and wanted and len(wanted) > 1:
-            record = self._kept.open((self._text, own), x)
-        # An input that no other layer had in the last call need not be kept.
-        self._input = None if wanted == (own,) else _Input(x, own, products, record)
-        return products
+    def receive(self, x: Tensor, own: Indices, *, keeps: bool) -> _Given:
+        """What is known of a layer's input; ``keeps`` is whether the layer's results may be kept."""
+        if self._given is not None and x is self._given.x:
+            self.companions[self._given.first].append(own)
+            return self._given
+        self.companions[own] = [own]
+        together = self._table.companions(own)
+        record = self._open(x, own, together) if keeps and together else None
+        given = _Given(x, own, together or (own,), record)
+        # An input that no other layer had in the last call need not be held.
+        self._given = None if together == (own,) else given
+        return given
 
-    def _project(self, x: Tensor, sites: tuple[Indices, ...], layout: Layout) -> Products:
+    def _open(self, x: Tensor, own: Indices, together: tuple[Indices, ...]) -> Record | None:
+        # Keys and values of a single block are not worth a comparison, which waits for the device.
+        if self._keep is None or len(together) <= PAIR or torch.is_grad_enabled():
+            return None
+        targets = self._table.factors.targets
+        outputs = sum(targets[site[0]].full_out_features for site in together)
+        size = x.shape[:-1].numel() * outputs * x.element_size()
+        return self._kept.open((self._keep, own), x, size)
+
+    def products(self, given: _Given, own: Indices, layout: Layout) -> Products:
+        """``down x`` for the rows of every stretch, by layer; at least of the layer that asks."""
+        if given.products is None:
+            given.products = self.project(given.x, given.together, layout)
+        if own in given.products[0]:
+            return given.products
+        return self.project(given.x, (own,), layout)
+
+    def project(self, x: Tensor, sites: tuple[Indices, ...], layout: Layout) -> Products:
+        """``down x`` of some layers, in one product for each stretch."""
         split, products = _split(x, layout.parts), []
         for stretch in layout.stretches:
             down, ranks = stretch.factors.down(sites)
@@ -391,39 +417,17 @@ class _Call:
             products.append(dict(zip(sites, shares, strict=True)))
         return products
 
-    @property
-    def keeps(self) -> bool:
-        """Whether what a layer makes of the input that it was just given is kept, so that it need not be fast."""
-        return self._input is not None and self._input.record is not None
-
-    def replace(self, y: Tensor, x: Tensor, own: Indices, site: Site) -> None:
-        """Give rows of y that have factors W x + scale up (down x), summed in single precision and rounded once."""
-        layer, wide = site.layer, x.float()
+    def sum_in_single_precision(self, y: Tensor, x: Tensor, own: Indices, site: Site) -> None:
+        """Replace the rows of y that have factors by W x + scale up (down x), rounded once; slow, for what is kept."""
+        wide, weight = x.float(), site.layer.get_parameter("weight").float()
+        bias = getattr(site.layer, "bias", None)
         layout = self.lay_out(wide, site)
-        weight, bias = layer.get_parameter("weight").float(), getattr(layer, "bias", None)
         result = F.linear(wide, weight, None if bias is None else bias.float())
-        _add(result, self._project(wide, (own,), layout), own, layout)
-        rounded, split = _split(y, layout.parts), _split(result, layout.parts)
+        _add(result, self.project(wide, (own,), layout), own, layout)
+        rounded, exact = _split(y, layout.parts), _split(result, layout.parts)
         for stretch in layout.stretches:
-            changed = split.narrow(0, stretch.start, stretch.length)
+            changed = exact.narrow(0, stretch.start, stretch.length)
             rounded.narrow(0, stretch.start, stretch.length).copy_(changed)
-
-    def keep(self, own: Indices, layer: nn.Module, result: Tensor) -> None:
-        """What a layer made of the input that it was just given."""
-        if self._input is not None and self._input.record is not None:
-            if own == self._input.first:
-                self._input.record.check(layer, result)
-            else:
-                self._input.record.add(layer, result)
-
-    def recall(self, x: Tensor, own: Indices, layer: nn.Module) -> Tensor | None:
-        """What the layer made of such an input in an earlier call, if it is sure to do so again."""
-        if self._input is None or self._input.record is None or x is not self._input.x:
-            return None
-        result = self._input.record.get(layer)
-        if result is not None:
-            self.companions[self._input.first] += (own,)
-        return result
 
 
 def find_spans(rows: Sequence[int | None]) -> tuple[Span, ...]:
@@ -468,11 +472,12 @@ def _add(y: Tensor, products: Products, site: Indices, layout: Layout) -> None:
         _add_per_row(changed, product[site], up)
 
 
-def _can_be_widened(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is an ordinary one in half precision, whose sum can be made in single precision."""
+def _is_plain(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer in half precision computes W x + b and nothing else, by torch's or the host's own code."""
     weight = getattr(layer, "weight", None)
     return (
         x.dtype in (torch.float16, torch.bfloat16)
+        and type(layer).forward.__module__ in PLAIN
         and type(weight) is nn.Parameter
         and (weight.dtype, weight.device) == (x.dtype, x.device)
         and not getattr(layer, "weight_function", ())

@@ -40,19 +40,19 @@ class DynamicLoRA:
 
     def report(self) -> str:
         """What fired, a line an entry."""
-        return "\n".join(describe(self.pack, generated.reading) for generated in self.entries)
+        return "\n".join(describe(self.pack, generated) for generated in self.entries)
 
 
-def describe(pack: Pack, reading: Reading) -> str:
+def describe(pack: Pack, generated: Generated) -> str:
     """Which concepts fired in the rows of one conditioning entry, or which came closest."""
-    probability = reading.probability.amax(0).tolist()
-    fired = reading.fired.any(0).tolist()
-    strength = pack.strength(reading.probability.amax(0)).tolist()
+    probability = generated.reading.probability.amax(0).tolist()
+    fired = generated.reading.fired.any(0).tolist()
+    shares = generated.shares.amax(0).tolist()
     names = pack.info.concept_names
     if any(fired):
         parts = [
             f"{name} ({p:.2f}{'' if share == 1 else f', {share:.0%} of its LoRA'})"
-            for name, p, share, fires in zip(names, probability, strength, fired, strict=True)
+            for name, p, share, fires in zip(names, probability, shares, fired, strict=True)
             if fires
         ]
         return f"fired: {', '.join(parts)}"
@@ -108,8 +108,9 @@ def write_entry(pack: Pack, embeddings: EntryEmbeddings) -> Generated:
     """
     further = embeddings.further
     rows = [pack.write(torch.cat([torch.atleast_2d(row), further])) for row in embeddings.rows]
-    reading = gather(rows)
-    return Generated(stack(rows), reading, _write_chunks(pack, embeddings, reading))
+    reading, shares = gather(rows)
+    chunks = _write_chunks(pack, embeddings, reading)
+    return Generated(stack(rows), reading, shares, chunks)
 
 
 def _write_chunks(pack: Pack, embeddings: EntryEmbeddings, reading: Reading) -> LoRAFactors | None:
@@ -117,7 +118,7 @@ def _write_chunks(pack: Pack, embeddings: EntryEmbeddings, reading: Reading) -> 
     if embeddings.chunks is None or not pack.info.spec.per_chunk:
         return None
     chunks = [pack.write(candidates) for candidates in embeddings.chunks]
-    own = gather(chunks)
+    own, _ = gather(chunks)
     strong = [pack.strength(r.probability.amax(0)) for r in (own, reading)]
     explained = own.fired.any(0) & (strong[0] >= strong[1] - ROUNDING)
     return stack(chunks) if (explained | ~reading.fired.any(0)).all() else None

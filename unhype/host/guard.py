@@ -104,7 +104,7 @@ class Guard:
         if found is None:
             return None, f"{where} unread"
         generated = write_entry(self.pack, found)
-        line = f"{where} {describe(self.pack, generated.reading)}"
+        line = f"{where} {describe(self.pack, generated)}"
         if not generated.factors.active.any():
             return None, line
         payload = Payload.of(

@@ -41,7 +41,7 @@ def to_text(lora: DynamicLoRA) -> str:
     ]
     for index, generated in enumerate(lora.entries):
         entry = _entry(lora.pack, generated)
-        lines.append(f"entry {index + 1}: {describe(lora.pack, generated.reading)}")
+        lines.append(f"entry {index + 1}: {describe(lora.pack, generated)}")
         for name, concept in entry["concepts"].items():
             state = "fired" if concept["fired"] else "off" if not concept["active"] else ""
             lines.append(f"  {name:24} {concept['probability']:.4f} {state}".rstrip())
@@ -79,8 +79,8 @@ class Bar:
 def _entry(pack: Pack, generated: Generated) -> dict[str, Any]:
     reading = generated.reading
     probability, fired = reading.probability.amax(0).tolist(), reading.fired.any(0).tolist()
-    strength = (pack.strength(reading.probability.amax(0)) * reading.fired.any(0)).tolist()
-    rows = zip(pack.info.concept_names, probability, fired, pack.active, strength, strict=True)
+    shares = generated.shares.amax(0).tolist()
+    rows = zip(pack.info.concept_names, probability, fired, pack.active, shares, strict=True)
     concepts = {
         name: {"probability": p, "fired": fires, "active": active, "strength": share}
         for name, p, fires, active, share in rows
