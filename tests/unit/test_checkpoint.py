@@ -342,6 +342,8 @@ def test_what_the_gate_is_hardly_sure_of_is_written_weaker(tmp_path: Path, token
     assert whole.reading.open.tolist() == weaker.reading.open.tolist() == [True, True, False]
     assert 0.25 <= share[0].item() < 0.5
     assert share[1].item() == 1
+    torch.testing.assert_close(weaker.shares.amax(1)[:2], share[:2])
+    assert not weaker.shares[2].any()
     assert not weaker.factors.active[2]
     again = replace(pack, graded=False).generate(texts).factors
     torch.testing.assert_close(again.delta(0), whole.factors.delta(0))
@@ -350,8 +352,14 @@ def test_what_the_gate_is_hardly_sure_of_is_written_weaker(tmp_path: Path, token
 def test_beside_the_surest_only_what_is_written_whole_acts(tmp_path: Path) -> None:
     pack = reads_tokens(tmp_path / "pack.safetensors")
     text = torch.stack([token(cat=6), token(dog=5)])
-    assert len(grade(pack, least=0.5, full=0.9).write(text).parts) == 2
-    [only] = grade(pack, least=0.5, full=0.999).write(text).parts
+    both = grade(pack, least=0.5, full=0.9).write(text)
+    assert len(both.parts) == 2
+    assert both.shares[:2].tolist() == [1, 1]
+    written = grade(pack, least=0.5, full=0.999).write(text)
+    [only] = written.parts
+    assert written.reading.fired[:2].tolist() == [True, True]
+    assert written.shares[:2].tolist() == [only.scale.item(), 0]
+    assert torch.equal(pack.generate(text[None]).shares[0], written.shares)
     wanted = pack.hypernetwork.generate(text[:1])
     torch.testing.assert_close(only.down[0], wanted.down[0])
     assert 0.5 < only.scale.item() < 1
