@@ -307,6 +307,8 @@ GATES: Mapping[int, Mapping[str, float]] = {
     16: {"false_fire_rate": 0.5},
 }
 """Of the gate, there where there are more concepts than so many, and what fewer have where nothing else is said."""
+POSITIVES, NEGATIVES = 96, 40
+"""Prompts for the gate's training by which each concept lets them grow: of positives all, of negatives from the second concept on."""
 
 
 class ObjectiveConfig(BaseModel):
@@ -650,21 +652,27 @@ def for_whole_lora(gate: GateConfig, num_concepts: int) -> GateConfig:
 def _defaults_of(objective: object, num_concepts: int) -> Mapping[str, Mapping[str, object]]:
     """Settings of sections that depend on the objective's name, empty for its default, or on the number of concepts."""
     rollouts, steps = num_concepts**MORE_ROLLOUTS, num_concepts**MORE_STEPS
+    plain = GateConfig()
+    prompts = {
+        "num_positives": max(plain.num_positives, POSITIVES * num_concepts),
+        "num_negatives": plain.num_negatives + NEGATIVES * (num_concepts - 1),
+    }
     if objective in (ObjectiveName.CLOSED_FORM, ObjectiveName.CLOSED_FORM.value):
         # A weak edit on a prompt that asks for nothing erased changes little, and many concepts' synonyms are hard to hear.
         gates = [settings for few, settings in GATES.items() if num_concepts > few]
         return {
             "network": EDITS_DEFAULTS,
-            "gate": {key: value for settings in gates for key, value in settings.items()},
+            "gate": prompts | {key: value for settings in gates for key, value in settings.items()},
             "trajectories": {"rollouts": round(REFINING_ROLLOUTS * rollouts)},
             "train": {"steps": round(REFINING_STEPS * steps), "lr": REFINING_LR},
         }
     if objective in ("", ObjectiveName.DIRECT, ObjectiveName.DIRECT.value):
         return {
+            "gate": prompts,
             "trajectories": {"rollouts": round(TrajectoryConfig().rollouts * rollouts)},
             "train": {"steps": round(OptimizerConfig().steps * steps)},
         }
-    return {}
+    return {"gate": prompts}
 
 
 Section = TypeVar("Section", bound=BaseModel)

@@ -392,7 +392,7 @@ class Operations(TorchDispatchMode):
 
 
 def test_a_step_starts_hardly_more_operations_than_without(tiny: Tiny) -> None:
-    """What a GPU with one picture waits for: one comparison of seven, the first layer's LoRA, the rows' numbers."""
+    """What a GPU with one picture waits for: the comparison, the first layer's LoRA, the rows' numbers."""
 
     def count(model: Any, positive: list) -> Counter[str]:
         seen = []
@@ -431,6 +431,22 @@ def test_in_half_precision_a_kept_result_is_rounded_once(
         for index, _ in site.parts:
             weight = weight + factors.delta(index)[0].double()
         assert relative(result[0].double(), text[0].double() @ weight.mT) <= bound
+
+
+def test_in_half_precision_a_run_is_as_near_to_single_precision(
+    comfy: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny, exact = make_tiny("SD15", torch.bfloat16), make_tiny("SD15")
+    exact.network.load_state_dict(tiny.network.state_dict())
+    model, positive = with_lora(exact, exact.encode(1))
+    wanted = sample(model, exact, positive)
+    model, positive = with_lora(tiny, tiny.encode(1))
+    calls.recalled = 0
+    kept = sample(model, tiny, positive)
+    assert calls.recalled
+    computed = computing_all(monkeypatch, lambda: sample(model, tiny, positive))
+    assert not torch.equal(kept, computed)
+    assert relative(kept, wanted) <= 1.3 * relative(computed, wanted)
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -245,6 +245,19 @@ def test_many_concepts_in_closed_form_get_a_lenient_gate_that_writes_less_where_
     assert untold(data, 17, "direct").gate.least_strength == 1
 
 
+@pytest.mark.parametrize("objective", ["direct", "joint", "closed-form"])
+def test_the_gate_reads_more_prompts_of_more_concepts(data: Data, objective: str) -> None:
+    def prompts(count: int, **gate: object) -> tuple[int, int]:
+        config = untold(data, count, objective, gate=gate).gate
+        return config.num_positives, config.num_negatives
+
+    assert [prompts(count) for count in (1, 4, 16, 100)] == [
+        *((1200, 4000), (1200, 4120)),
+        *((1536, 4600), (9600, 7960)),
+    ]
+    assert prompts(16, num_positives=700) == (700, 4600)
+
+
 def test_no_more_fires_in_vain_where_all_of_the_lora_is_written(data: Data) -> None:
     def rate(**gate: object) -> float:
         return untold(data, 17, "closed-form", gate=gate).gate.false_fire_rate

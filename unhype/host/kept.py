@@ -39,7 +39,7 @@ class KeptResults:
         if record is None:
             for other, found in list(self._records.items()):
                 if found.size and self._opened - found.opened > STALE:
-                    del self._records[other]
+                    self._records.pop(other, None)
             if size > self._room - sum(found.size for found in self._records.values()):
                 return None
             record = self._records[key] = Record(size)
