@@ -294,6 +294,17 @@ def test_nothing_is_kept_where_gradients_are_wanted(tiny: Tiny, calls: Calls) ->
     assert not calls.recalled
 
 
+def factors_for(layers: nn.ModuleList) -> LoRAFactors:
+    """A random LoRA of rank 2 for layers of 4 inputs and 4 outputs."""
+    targets = tuple(TargetModule(str(index), 4, 4) for index in range(len(layers)))
+    return LoRAFactors(
+        targets,
+        tuple(torch.randn(1, 2, 4) for _ in targets),
+        tuple(torch.randn(1, 4, 2) for _ in targets),
+        torch.ones(1),
+    )
+
+
 class Twice(nn.Linear):
     """A layer of another node, which computes something of its own."""
 
@@ -303,14 +314,8 @@ class Twice(nn.Linear):
 
 def test_a_layer_that_computes_something_else_is_asked_in_half_precision_too() -> None:
     layers = nn.ModuleList(Twice(4, 4, dtype=torch.float16) for _ in range(4))
-    targets = tuple(TargetModule(str(index), 4, 4) for index in range(4))
-    factors = LoRAFactors(
-        targets,
-        tuple(torch.randn(1, 2, 4) for _ in targets),
-        tuple(torch.randn(1, 4, 2) for _ in targets),
-        torch.ones(1),
-    )
-    table, sites = bypass.RowTable(factors), bypass.find_sites(layers, targets)
+    factors = factors_for(layers)
+    table, sites = bypass.RowTable(factors), bypass.find_sites(layers, factors.targets)
     text = torch.randn(1, 3, 4).half()
     for _ in range(3):
         states = text.clone()
@@ -323,14 +328,8 @@ def test_a_layer_that_computes_something_else_is_asked_in_half_precision_too() -
 
 def test_layers_may_be_compiled_one_by_one() -> None:
     layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
-    targets = tuple(TargetModule(str(index), 4, 4) for index in range(4))
-    factors = LoRAFactors(
-        targets,
-        tuple(torch.randn(1, 2, 4) for _ in targets),
-        tuple(torch.randn(1, 4, 2) for _ in targets),
-        torch.ones(1),
-    )
-    table, sites = bypass.RowTable(factors), bypass.find_sites(layers, targets)
+    factors = factors_for(layers)
+    table, sites = bypass.RowTable(factors), bypass.find_sites(layers, factors.targets)
     compiled = [torch.compile(layers[0], backend="eager"), *layers[1:3]]
     compiled.append(torch.compile(layers[3], backend="eager"))
     texts = [torch.randn(1, 3, 4), torch.randn(1, 3, 4)]
