@@ -233,6 +233,28 @@ def test_weights_that_become_others_are_seen(
     assert torch.equal(computing_all(monkeypatch, run), kept)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_weights_that_the_host_patches_as_it_loads_them(
+    comfy: Any, calls: Calls, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """As where a model does not fit into memory: such layers are asked themselves, in half precision too."""
+    tiny = make_tiny("SD15", dtype)
+    model, positive = with_lora(tiny, tiny.encode(1))
+
+    def run() -> Tensor:
+        return sample(model, tiny, positive)
+
+    without = run()
+    for target in bypass.find_targets(tiny.network, tiny.spec.targets):
+        layer: Any = tiny.network.get_submodule(target.name)
+        layer.weight_function = [lambda weight: weight * 2]
+    calls.recalled = 0
+    kept = run()
+    assert calls.recalled
+    assert not torch.equal(kept, without)
+    assert torch.equal(computing_all(monkeypatch, run), kept)
+
+
 def test_nothing_is_kept_beside_hooks_which_change_weights(tiny: Tiny, calls: Calls) -> None:
     import comfy.hooks
 
